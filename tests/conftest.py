@@ -1,6 +1,6 @@
 """What every test needs: a quiet, offline, repeatable process.
 
-The environment is set here, before anything imports torch or transformers, because both read it only once.
+The environment is set before anything imports torch or transformers: both read it only once.
 """
 
 import os
