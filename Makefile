@@ -59,7 +59,7 @@ clean: ## remove caches and build leftovers; .venv and runs/ stay
 $(BIN)/python:
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "molora needs Python 3.11 or newer; $(PYTHON3) is older. Run: make PYTHON3=python3.11 ..." >&2; exit 1; }
-	$(PYTHON3) -m venv $(VENV) || \
+	@$(PYTHON3) -m venv $(VENV) || \
 		{ rm -rf $(VENV); echo "python3 cannot make an environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 
 $(STAMP): setup.cfg constraints.txt | $(BIN)/python

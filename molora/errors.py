@@ -6,7 +6,7 @@ class MoLoRAError(Exception):
 
 
 class ConfigError(MoLoRAError, ValueError):
-    """A configuration that cannot mean anything: unknown key, impossible combination, wrong shape."""
+    """A configuration that cannot mean anything: unknown key, impossible mix, wrong shape."""
 
 
 class AttachError(MoLoRAError):

@@ -279,7 +279,7 @@ def no_subclass_of_ours(sources: Sequence[Source]) -> list[str]:
 
 
 def _imported_names(source: Source) -> dict[str, str]:
-    names = {}
+    names: dict[str, str] = {}
     for node in ast.walk(source.tree):
         if isinstance(node, ast.ImportFrom):
             module = _absolute(source, node)
