@@ -144,7 +144,7 @@ def _absolute(source: Source, node: ast.ImportFrom) -> str:
 
 def internal_imports(sources: Sequence[Source]) -> list[str]:
     """Packages import only what MAY_IMPORT permits."""
-    modules = {source.module for source in sources} | {f"molora.{name}" for name in MAY_IMPORT}
+    homes = _homes(sources)
     breaches = []
     for source in sources:
         if source.package == "":
@@ -156,8 +156,7 @@ def internal_imports(sources: Sequence[Source]) -> list[str]:
             continue
         permitted = ("errors", source.package, *MAY_IMPORT[source.package])
         for found in imports_of(source):
-            target = f"{found.module}.{found.name}"
-            target = target if target in modules else found.module
+            target = homes.get(f"{found.module}.{found.name}", found.module)
             if target.split(".")[0] != "molora" or target == source.module:
                 continue
             if target == "molora" and found.name == "__version__":
@@ -168,6 +167,19 @@ def internal_imports(sources: Sequence[Source]) -> list[str]:
                     f"Permitted: {', '.join(permitted)}."
                 )
     return breaches
+
+
+def _homes(sources: Sequence[Source]) -> dict[str, str]:
+    """What `package.name` stands for: a module, or the one from which `__init__.py` re-exports."""
+    modules = {source.module for source in sources} | {f"molora.{name}" for name in MAY_IMPORT}
+    homes = {
+        f"{source.module}.{found.name}": found.module
+        for source in sources
+        if source.path.endswith("/__init__.py") and source.package
+        for found in imports_of(source)
+        if found.name
+    }
+    return homes | {module: module for module in modules}
 
 
 def third_party_imports(sources: Sequence[Source]) -> list[str]:

@@ -198,6 +198,16 @@ def test_a_good_source_keeps_the_rule(rule: str, name: str, text: str, tmp_path:
     assert RULES[rule](sources_of(tmp_path, name, text)) == []
 
 
+@pytest.mark.parametrize(("name", "breaches"), [("Routing", 0), ("top_k", 1)])
+def test_a_re_exported_name_counts_as_an_import_of_its_home(
+    name: str, breaches: int, tmp_path: Path
+) -> None:
+    init = "from molora.routing.record import Routing\nfrom .select import top_k"
+    sources_of(tmp_path, "routing/__init__.py", init)
+    sources = sources_of(tmp_path, "experts/a.py", f"from molora.routing import {name}")
+    assert len(RULES["internal_imports"](sources)) == breaches
+
+
 def test_every_rule_is_seen_to_bite() -> None:
     assert {case[0] for case in BAD} == set(RULES)
 
