@@ -1,0 +1,148 @@
+"""What one row of training data may hold, and the check of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from molora.config.data import DataSource
+from molora.errors import DataError
+
+_FORMS = "`messages`, `prompt` with `completion`, or `text`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One checked row; ``messages``, or ``prompt`` and ``completion``, or ``text`` is set."""
+
+    where: str
+    """``train.jsonl, line 7``: what an error about this row says."""
+    messages: list[dict[str, Any]] | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+    task: str | None = None
+    task_types: int | None = None
+    label: str | None = None
+    """The right one of ``choices``."""
+    choices: tuple[str, ...] | None = None
+    """Completions whose likelihoods a scorer compares."""
+
+
+def check_row(fields: Any, where: str, source: DataSource) -> Row:
+    """The row that ``fields`` holds; what the source says about task and task type goes first.
+
+    Raises:
+        DataError: naming ``where``, the rule and the value, for a row that is not of exactly one
+            form, an empty or wrongly typed column, and a label that is none of the choices.
+    """
+    if not isinstance(fields, Mapping):
+        raise DataError(f"{where}: a row is an object with named columns, not {_shown(fields)}.")
+    # None is absent: parquet cannot leave a column out of single rows, and fills nested ones
+    present = _without_none(fields)
+    label, choices = _scoring(present, where)
+    return Row(
+        where=where,
+        task=_task(present, where, source),
+        task_types=_task_types(present, where, source),
+        label=label,
+        choices=choices,
+        **_body(present, where),
+    )
+
+
+def _body(present: Mapping[str, Any], where: str) -> dict[str, Any]:
+    columns = ", ".join(present) or "none"
+    if "tools" in present:
+        raise DataError(
+            f"{where}: `tools` are not rendered, and without them the row would teach calls to "
+            "functions that nobody described. Put them into a system message instead."
+        )
+    forms = [name for name in ("messages", "prompt", "text") if name in present]
+    if len(forms) != 1:
+        raise DataError(f"{where}: a row needs one of {_FORMS}; its columns: {columns}.")
+    if forms == ["messages"]:
+        return {"messages": _messages(present["messages"], where)}
+    if forms == ["text"]:
+        return {"text": _text(present, "text", where)}
+    if "completion" not in present:
+        raise DataError(f"{where}: `prompt` needs a `completion`; the row's columns: {columns}.")
+    return {name: _text(present, name, where) for name in ("prompt", "completion")}
+
+
+def _text(present: Mapping[str, Any], name: str, where: str) -> str:
+    value = present[name]
+    if not isinstance(value, str):
+        raise DataError(f"{where}: `{name}` must be a string, not {_shown(value)}.")
+    if not value.strip():
+        raise DataError(f"{where}: `{name}` is empty. Remove the row, or fill it.")
+    return value
+
+
+def _messages(value: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: `messages` must be a list of messages, not {_shown(value)}.")
+    for number, message in enumerate(value, 1):
+        here = f"{where}: message {number}"
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise DataError(f"{here} needs `role` and `content`, but is {_shown(message)}.")
+        content = message.get("content")
+        if not isinstance(content, str):
+            raise DataError(f"{here}: `content` must be a string, not {_shown(content)}.")
+        if message["role"] == "assistant" and not content.strip():
+            raise DataError(f"{here}: the assistant's `content` is empty. Remove the message.")
+    if not any(message["role"] == "assistant" for message in value):
+        roles = ", ".join(message["role"] for message in value)
+        raise DataError(
+            f"{where}: nothing to learn, for no message has the role `assistant` (roles: {roles})."
+        )
+    if value[0]["role"] == "assistant":
+        raise DataError(f"{where}: message 1 is the assistant's; put a user's or system's first.")
+    return [dict(message) for message in value]
+
+
+def _task(present: Mapping[str, Any], where: str, source: DataSource) -> str | None:
+    task = source.task if source.task is not None else present.get("task")
+    if task is not None and (not isinstance(task, str) or not task):
+        raise DataError(f"{where}: `task` must be a name, not {_shown(task)}.")
+    return task
+
+
+def _task_types(present: Mapping[str, Any], where: str, source: DataSource) -> int | None:
+    value = source.task_types if source.task_types is not None else present.get("task_types")
+    # bool is an int in Python, and True would silently become task type 1
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise DataError(
+            f"{where}: `task_types` must be a whole number from 0 on, not {_shown(value)}."
+        )
+    return value
+
+
+def _scoring(present: Mapping[str, Any], where: str) -> tuple[str | None, tuple[str, ...] | None]:
+    label, choices = present.get("label"), present.get("choices")
+    if choices is None:
+        # a column `label` alone is nobody's business: many files carry one for other uses
+        return None, None
+    if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
+        raise DataError(
+            f"{where}: `choices` must be a list of non-empty strings, not {_shown(choices)}."
+        )
+    if len(set(choices)) != len(choices) or len(choices) < 2:
+        raise DataError(f"{where}: `choices` must be two or more different strings: {choices}.")
+    if label not in choices:
+        raise DataError(f"{where}: `label` must be one of {choices}, not {_shown(label)}.")
+    return label, tuple(choices)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
