@@ -1,0 +1,35 @@
+"""molora: mixtures of LoRA experts on unmodified Hugging Face models."""
+
+from molora import presets
+from molora.attach import Mixture, attach, checkpoint_context, load
+from molora.config import MixtureConfig
+from molora.errors import (
+    AttachError,
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MoLoRAError,
+)
+from molora.presets import load_config, methods
+from molora.routing import Routing
+from molora.version import VERSION as __version__
+
+__all__ = [
+    "AttachError",
+    "BackendError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Mixture",
+    "MixtureConfig",
+    "MoLoRAError",
+    "Routing",
+    "__version__",
+    "attach",
+    "checkpoint_context",
+    "load",
+    "load_config",
+    "methods",
+    "presets",
+]

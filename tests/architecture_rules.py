@@ -15,6 +15,7 @@ from pathlib import Path
 # Itself and `errors` everyone may. Packages that come later have their row already.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "version": (),
     "dtypes": (),
     "config": (),
     "presets": ("config",),
@@ -26,7 +27,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "modules": ("routing", "experts", "kernels"),
     "io": ("config",),
     "attach": (
-        *("config", "io", "losses", "routing", "experts", "modules"),
+        *("config", "io", "losses", "routing", "experts", "modules", "version"),
         "kernels.backend",
     ),
     "compose": (

@@ -47,8 +47,16 @@ def unknown_name(what: str, name: str, known: Mapping[str, Any] | list[str]) -> 
 
 def describe(error: ValidationError) -> str:
     """One line per fault: ``mixture.groups.0.select: …``."""
+    faults = error.errors(include_url=False, include_context=False)
     lines = []
-    for fault in error.errors(include_url=False, include_context=False):
+    for fault in faults:
+        # a container is reported as too short when all its items are faulty: only the items' faults
+        # help
+        if any(
+            other["loc"][: len(fault["loc"])] == fault["loc"] and other is not fault
+            for other in faults
+        ):
+            continue
         path = ".".join(str(part) for part in fault["loc"]) or "config"
         message = fault["msg"].removeprefix("Value error, ")
         shown = repr(fault["input"])

@@ -1,0 +1,114 @@
+"""Put a mixture on a model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from molora.attach.build import DTYPES, Builder, Surgery
+from molora.attach.extras import Extras
+from molora.attach.hooks import ForwardHooks
+from molora.attach.losses import required_columns, weighted_terms
+from molora.attach.mixture import Mixture
+from molora.attach.plan import Plan, make_plan
+from molora.config import Capacity, LinearSite, MixtureConfig
+from molora.errors import AttachError
+from molora.experts import ExpertBank
+from molora.kernels import backend
+from molora.modules import ForwardContext
+
+
+def attach(model: nn.Module, config: MixtureConfig, *, seed: int = 0) -> Mixture:
+    """Replace the targeted linears' forwards in place and freeze everything else.
+
+    Base modules stay where they are, so parameter names do not change; the model is used as before.
+    Experts start with B = 0: the adapted model equals the base until the first step (sites that mix
+    whole FFNs: to rounding).
+
+    Args:
+        model: a Hugging Face model, or any module with nn.Linear or Conv1D layers.
+        config: a preset, or `molora.load_config(path).mixture`.
+        seed: starts experts and routers; each depends on the seed and its own path alone.
+
+    Raises:
+        AttachError: a mixture is on the model already, a PEFT model, or targets that do not fit;
+            the model is then as it was.
+        ConfigError: allocations that do not fit the model's layers.
+    """
+    _check_attachable(model)
+    plan = make_plan(model, config)
+    context, surgery = ForwardContext(), Surgery()
+    was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    builder = Builder(
+        model,
+        seed=seed,
+        dtype=DTYPES[config.dtype],
+        backend=backend(config.backend),
+        context=context,
+        surgery=surgery,
+    )
+    try:
+        model.requires_grad_(False)
+        built = builder.build(plan.placements)
+        extras = Extras(model, config)
+    except Exception:
+        surgery.undo()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(was_trainable[name])
+        raise
+    hooks = ForwardHooks(
+        model,
+        context=context,
+        losses=weighted_terms(config),
+        layers=built.layers,
+        streams={name: site.stream for name, site in built.sites.items()},
+        required_columns=required_columns(config),
+        needs_context=_needs_context(plan),
+    )
+    surgery.handles.append(model.register_forward_pre_hook(hooks.before, with_kwargs=True))
+    surgery.handles.append(
+        model.register_forward_hook(hooks.after, with_kwargs=True, always_call=True)
+    )
+    # new modules start in training mode; a model in evaluation must not get dropout and noise
+    for bank in built.banks.values():
+        bank.train(model.training)
+    for site in built.sites.values():
+        site.router.train(model.training)
+    return Mixture(
+        model,
+        config,
+        plan=plan,
+        built=built,
+        hooks=hooks,
+        context=context,
+        surgery=surgery,
+        extras=extras,
+        was_trainable=was_trainable,
+    )
+
+
+def _check_attachable(model: nn.Module) -> None:
+    if type(model).__module__.partition(".")[0] == "peft":
+        raise AttachError(
+            "the model is a PEFT model. Attach to the base model: merge_and_unload() it, or load "
+            "it without the adapter."
+        )
+    for module in model.modules():
+        if isinstance(module, ExpertBank):
+            raise AttachError(
+                "the model has a mixture already. Call detach() on it before attaching another."
+            )
+        if type(module).__module__.startswith("peft.tuners"):
+            raise AttachError(
+                "the model carries PEFT adapters. Unload them before attaching a mixture."
+            )
+    if not isinstance(model, nn.Module) or not any(True for _ in model.parameters()):
+        raise AttachError("the model has no parameters.")
+
+
+def _needs_context(plan: Plan) -> bool:
+    routed = [placement.group for placement in plan.placements if placement.routed]
+    return any(
+        isinstance(group.select, Capacity)
+        or (isinstance(group.site, LinearSite) and group.site.scope == "layer")
+        for group in routed
+    )

@@ -1,0 +1,326 @@
+"""From a plan to modules: banks, routers and glue are made and put on the base model; config stops
+here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molora.attach.families import (
+    FeedForwardLayout,
+    feed_forward_layout,
+    in_out_features,
+    is_cross_attention_memory,
+)
+from molora.attach.plan import Placement
+from molora.config import Capacity, Dense, Group, NormalInit, Sigmoid, Threshold, TopK, TopP
+from molora.errors import AttachError
+from molora.experts import Block, ExpertBank, init
+from molora.kernels import Backend
+from molora.modules import (
+    ForwardContext,
+    MoLoRAFeedForward,
+    MoLoRALinear,
+    Projection,
+    RoutingSite,
+    SharedDecision,
+)
+from molora.routing import LinearRouter
+from molora.routing import scores as score_functions
+from molora.routing import select as select_functions
+from molora.routing.scores import ScoreFunction
+from molora.routing.select import SelectFunction
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Surgery:
+    """What was changed on the base model, so that it can be taken back in reverse order."""
+
+    children: list[tuple[nn.Module, str]] = field(default_factory=list)
+    attributes: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    handles: list[Any] = field(default_factory=list)
+
+    def add_child(self, parent: nn.Module, name: str, child: nn.Module) -> None:
+        """Register `child`, refusing to hide something that is there."""
+        if hasattr(parent, name):
+            raise AttachError(
+                f"{type(parent).__name__} already has an attribute {name!r}, which molora needs "
+                "for its own module. "
+                "Detach the mixture that is on the model first, or target other modules."
+            )
+        parent.add_module(name, child)
+        self.children.append((parent, name))
+
+    def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
+        """Set an instance attribute, remembering one that was set before."""
+        self.attributes.append((module, name, module.__dict__.get(name, _ABSENT)))
+        module.__dict__[name] = value
+
+    def undo(self) -> None:
+        """Leave the base model as it was."""
+        for handle in self.handles:
+            handle.remove()
+        for module, name, previous in reversed(self.attributes):
+            if previous is _ABSENT:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = previous
+        for parent, name in reversed(self.children):
+            delattr(parent, name)
+
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Built:
+    """The parts of a mixture on a model."""
+
+    banks: dict[str, ExpertBank]
+    """Path of the linear → its bank."""
+    sites: dict[str, RoutingSite]
+    """Path of the module that owns the scope → what decides there."""
+    layers: dict[str, str]
+    """Site → path of its layer, or the site itself outside of layers."""
+
+
+class Builder:
+    """Builds the parts of one mixture; `surgery` records every change of the model, also if
+    building fails."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        seed: int,
+        dtype: torch.dtype,
+        backend: Backend,
+        context: ForwardContext,
+        surgery: Surgery,
+    ) -> None:
+        self.model = model
+        self.seed = seed
+        self.dtype = dtype
+        self.backend = backend
+        self.context = context
+        self.surgery = surgery
+        self.built = Built({}, {}, {})
+        self._shared: dict[str, SharedDecision] = {}
+
+    def build(self, placements: tuple[Placement, ...]) -> Built:
+        """Put banks and routers on all linears of a plan."""
+        blocks: dict[str, list[Placement]] = {}
+        for placement in placements:
+            module = self.model.get_submodule(placement.path)
+            self.built.banks[placement.path] = bank = self._bank(placement, module)
+            self.surgery.add_child(module, "experts", bank)
+            if placement.group.site.kind == "ffn" and placement.routed:
+                blocks.setdefault(placement.parent, []).append(placement)
+            else:
+                self._adapt_linear(placement, module, bank)
+        for path, members in blocks.items():
+            self._adapt_feed_forward(path, members)
+        return self.built
+
+    def _bank(self, placement: Placement, module: nn.Module) -> ExpertBank:
+        form = placement.group.expert
+        experts, rank = placement.num_experts, placement.rank
+        shape_A = (1 if form.kind == "shared_a" else experts, rank, placement.in_features)
+        alphas = torch.tensor(
+            form.alpha if isinstance(form.alpha, tuple) else [form.alpha] * experts
+        )
+        device = _device(module)
+        block = Block(
+            lora_A=self._initial(
+                f"{placement.path}.experts.lora_A", shape_A, form.init, 1 / rank, device
+            ),
+            lora_B=torch.zeros(
+                experts, placement.out_features, rank, dtype=self.dtype, device=device
+            ),
+            scaling=(alphas / (rank if form.scaling == "alpha/r" else rank**0.5)).to(
+                device, torch.float32
+            ),
+        )
+        return ExpertBank(
+            [block], backend=self.backend, dropout=form.dropout.p, dropout_mask=form.dropout.mask
+        )
+
+    def _initial(
+        self, name: str, shape: tuple[int, ...], kind: str, std: float, device: torch.device
+    ) -> Tensor:
+        if device.type == "meta":
+            return torch.empty(shape, dtype=self.dtype, device=device)
+        source = init.generator(self.seed, name)
+        values = (
+            init.kaiming(shape, source) if kind == "kaiming" else init.normal(shape, std, source)
+        )
+        return values.to(device, self.dtype)
+
+    def _adapt_linear(self, placement: Placement, module: nn.Module, bank: ExpertBank) -> None:
+        glue = MoLoRALinear(
+            module.forward,
+            bank,
+            decision=self._decision(placement, module) if placement.routed else None,
+            context=self.context,
+        )
+        self.surgery.set_attribute(module, "forward", glue.forward)
+        if not hasattr(module, "in_features"):  # Conv1D
+            self.surgery.set_attribute(module, "in_features", placement.in_features)
+            self.surgery.set_attribute(module, "out_features", placement.out_features)
+
+    def _decision(self, placement: Placement, module: nn.Module) -> RoutingSite | SharedDecision:
+        site = placement.group.site
+        scope = site.scope if site.kind == "linear" else "linear"
+        if scope == "linear":
+            return self._site(placement.path, module, placement, placement.in_features)
+        if scope == "layer" and placement.layer is None:
+            raise AttachError(
+                f"{placement.path} belongs to no layer, so scope='layer' has no router for it."
+            )
+        if is_cross_attention_memory(placement.path):
+            raise AttachError(
+                f"{placement.path} reads the encoder's output, not the input of its block, so it "
+                "cannot share the "
+                "block's decision. Give the keys and values of cross-attention a group with "
+                "scope='linear'."
+            )
+        owner = placement.layer.path if scope == "layer" and placement.layer else placement.parent
+        if owner not in self._shared:
+            self._shared[owner] = self._shared_decision(owner, placement)
+        shared = self._shared[owner]
+        if shared.num_experts != placement.num_experts:
+            raise AttachError(
+                f"{placement.path} has {placement.num_experts} experts, but the router at "
+                f"{owner!r} that it shares "
+                f"has {shared.num_experts}. Banks that share a decision need equal "
+                "num_experts."
+            )
+        return shared
+
+    def _shared_decision(self, owner: str, placement: Placement) -> SharedDecision:
+        module = self.model.get_submodule(owner)
+        first = next(
+            child
+            for child in module.modules()
+            if hasattr(child, "in_features") or hasattr(child, "nx")
+        )
+        in_features, _ = in_out_features(first)
+        shared = SharedDecision(
+            self._site(owner, module, placement, in_features),
+            in_features=in_features,
+            num_experts=placement.num_experts,
+        )
+        self.surgery.handles.append(
+            module.register_forward_pre_hook(shared.before, with_kwargs=True)
+        )
+        self.surgery.handles.append(module.register_forward_hook(shared.after, always_call=True))
+        return shared
+
+    def _site(
+        self, name: str, owner: nn.Module, placement: Placement, in_features: int
+    ) -> RoutingSite:
+        config = placement.group.router
+        router = LinearRouter(
+            self._initial(
+                f"{name}.router.weight",
+                (placement.num_experts, in_features),
+                config.init.kind,
+                config.init.std if isinstance(config.init, NormalInit) else 0.0,
+                _device(self.model.get_submodule(placement.path)),
+            ),
+            temperature=config.temperature,
+            noise_std=config.noise_std,
+            jitter=config.jitter,
+        )
+        self.surgery.add_child(owner, "router", router)
+        select = placement.group.select
+        site = RoutingSite(
+            name,
+            router,
+            score=score_function(placement.group),
+            select=select_function(placement.group, placement.top_k),
+            capacity=select.tokens if isinstance(select, Capacity) else None,
+            stream=placement.stream,
+            context=self.context,
+        )
+        self.built.sites[name] = site
+        self.built.layers[name] = placement.layer.path if placement.layer is not None else name
+        return site
+
+    def _adapt_feed_forward(self, path: str, members: list[Placement]) -> None:
+        module = self.model.get_submodule(path)
+        layout = feed_forward_layout(module)
+        assert layout is not None
+        first = members[0]
+        counts = {placement.num_experts for placement in members}
+        if len(counts) > 1:
+            raise AttachError(
+                f"the projections of {path} have {sorted(counts)} experts; whole-FFN experts need "
+                "one number."
+            )
+        reader = module.get_submodule(layout.inputs[0])
+        in_features, _ = in_out_features(reader)
+        select = first.group.select
+        glue = MoLoRAFeedForward(
+            tuple(self._projection(path, name) for name in layout.inputs),
+            partial(activate, module, layout),
+            self._projection(path, layout.down),
+            finish=partial(finish, module, layout),
+            site=self._site(path, module, first, in_features),
+            context=self.context,
+            base_forward=module.forward,
+            overflow_input=isinstance(select, Capacity) and select.overflow == "input",
+        )
+        self.surgery.set_attribute(module, "forward", glue.forward)
+
+    def _projection(self, path: str, name: str) -> Projection:
+        module = self.model.get_submodule(f"{path}.{name}")
+        return Projection(module, self.built.banks.get(f"{path}.{name}"))
+
+
+def activate(module: nn.Module, layout: FeedForwardLayout, *projected_TKF: Tensor) -> Tensor:
+    """The FFN between its projections: act(gate) · up, or act(x), then the inner dropout; (T, K, F)
+    → (T, K, I)."""
+    parts = projected_TKF[0].chunk(2, dim=-1) if layout.fused else projected_TKF
+    a_TKI = getattr(module, layout.activation)(parts[0])
+    if len(parts) == 2:
+        a_TKI = a_TKI * parts[1]
+    if layout.inner_dropout is not None:
+        a_TKI = getattr(module, layout.inner_dropout)(a_TKI)
+    return a_TKI
+
+
+def finish(module: nn.Module, layout: FeedForwardLayout, y_TF: Tensor) -> Tensor:
+    """What the FFN does after its down projection."""
+    return y_TF if layout.outer_dropout is None else getattr(module, layout.outer_dropout)(y_TF)
+
+
+def score_function(group: Group) -> ScoreFunction:
+    """The pure function behind a score config."""
+    return score_functions.sigmoid if isinstance(group.score, Sigmoid) else score_functions.softmax
+
+
+def select_function(group: Group, top_k: int | None) -> SelectFunction:
+    """The pure function behind a selector config."""
+    match group.select:
+        case Dense():
+            return select_functions.dense
+        case TopK(renormalize=renormalize) | Capacity(renormalize=renormalize):
+            assert top_k is not None
+            return partial(select_functions.top_k, k=top_k, renormalize=renormalize)
+        case TopP(p=p, renormalize=renormalize):
+            return partial(select_functions.top_p, p=p, renormalize=renormalize)
+        case Threshold(threshold=minimum, renormalize=renormalize):
+            return partial(select_functions.threshold, minimum=minimum, renormalize=renormalize)
+        case _:
+            return select_functions.unit_top1
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

@@ -1,0 +1,121 @@
+"""What module paths and child names mean, in every Hugging Face family that molora knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+LINEAR_TYPES = (nn.Linear, Conv1D)
+"""Modules that can carry experts; quantised linears of bitsandbytes and torchao are subclasses of
+nn.Linear."""
+
+ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
+"""Linears with which a mixture-of-experts base model routes; `all` and `ffn` leave them alone."""
+
+
+@dataclass(frozen=True)
+class FeedForwardLayout:
+    """The children of an FFN module.
+
+    Attributes:
+        inputs: linears that read x: (gate, up) if gated, else one.
+        down: linear that leads back.
+        activation: attribute that holds the activation function.
+        fused: whether the only input projection holds gate and up, in this order.
+        inner_dropout: attribute of a dropout before the down projection, if any.
+        outer_dropout: attribute of a dropout after it, if any.
+    """
+
+    inputs: tuple[str, ...]
+    down: str
+    activation: str
+    fused: bool = False
+    inner_dropout: str | None = None
+    outer_dropout: str | None = None
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether `module` has these children."""
+        linears = all(
+            isinstance(getattr(module, name, None), LINEAR_TYPES)
+            for name in (*self.inputs, self.down)
+        )
+        return linears and callable(getattr(module, self.activation, None))
+
+
+FEED_FORWARD_LAYOUTS = (
+    FeedForwardLayout(
+        ("gate_proj", "up_proj"), "down_proj", "act_fn"
+    ),  # Llama, Mistral, Qwen, Gemma
+    FeedForwardLayout(("gate_up_proj",), "down_proj", "activation_fn", fused=True),  # Phi-3
+    FeedForwardLayout(("c_fc",), "c_proj", "act", outer_dropout="dropout"),  # GPT-2
+    FeedForwardLayout(("wi_0", "wi_1"), "wo", "act", inner_dropout="dropout"),  # T5 v1.1
+    FeedForwardLayout(("wi",), "wo", "act", inner_dropout="dropout"),  # T5
+)
+
+
+def feed_forward_layout(module: nn.Module) -> FeedForwardLayout | None:
+    """The layout of an FFN module; None if it is not one that molora knows."""
+    return next((layout for layout in FEED_FORWARD_LAYOUTS if layout.fits(module)), None)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Position in a stack of layers."""
+
+    stack: str
+    index: int
+    depth: int
+    """Number of layers of the stack."""
+
+    @property
+    def path(self) -> str:
+        return f"{self.stack}.{self.index}"
+
+
+def layer_of(model: nn.Module, path: str) -> Layer | None:
+    """The layer that the module at `path` belongs to: the outermost nn.ModuleList on its path; None
+    outside."""
+    parts = path.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if part.isdigit():
+            stack = ".".join(parts[:i])
+            modules = model.get_submodule(stack)
+            if isinstance(modules, nn.ModuleList):
+                return Layer(stack, int(part), len(modules))
+    return None
+
+
+def is_attention(path: str) -> bool:
+    """Whether a component of the path names an attention block, in the sense of every family
+    here."""
+    return any("attn" in part or "attention" in part for part in path.lower().split("."))
+
+
+def in_out_features(module: nn.Module) -> tuple[int, int]:
+    """Sizes read from attributes: under ZeRO-3 `weight.shape` is (0,)."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    features: Any = module
+    return int(features.in_features), int(features.out_features)
+
+
+def stream_of(model: nn.Module, path: str) -> str:
+    """Whose padding mask the input of a linear follows: "input", or "encoder" or "decoder" of a
+    model that has both."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "input"
+    parts = path.split(".")
+    if "decoder" not in parts:
+        return "encoder"
+    return "encoder" if is_cross_attention_memory(path) else "decoder"
+
+
+def is_cross_attention_memory(path: str) -> bool:
+    """Whether the linear projects the encoder's output to the keys or values of a decoder's
+    cross-attention."""
+    *parents, name = path.split(".")
+    crosses = any(part in ("EncDecAttention", "encoder_attn", "crossattention") for part in parents)
+    return crosses and name in ("k", "v", "k_proj", "v_proj", "key", "value")

@@ -1,0 +1,164 @@
+"""Hooks on the model's own forward: they open the trace, read masks, and add the auxiliary losses,
+once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molora.attach import checkpointing
+from molora.attach.side_inputs import ArgumentReader, share
+from molora.errors import AttachError
+from molora.losses import AuxLosses, WeightedTerm, total
+from molora.modules import ForwardContext, SideInputs
+from molora.routing import Routing
+
+Records = Mapping[str, Sequence[Routing]]
+Observer = Callable[[Records], None]
+
+
+@dataclass
+class DeferredAux:
+    """Auxiliary losses of the forwards of one training step, for a caller that makes the loss
+    itself."""
+
+    forwards: list[tuple[AuxLosses, Tensor | None]] = field(default_factory=list)
+    """Each forward's losses, and its number of supervised tokens."""
+
+    def weighted(self, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Σ aux · share of supervised tokens, in the graph."""
+        terms = [
+            share(num_items_in_batch, supervised) * aux.weighted
+            for aux, supervised in self.forwards
+        ]
+        return (
+            torch.stack([torch.as_tensor(term) for term in terms]).sum()
+            if terms
+            else torch.zeros(())
+        )
+
+
+class ForwardHooks:
+    """Everything that happens around a forward of the adapted model; nothing outlives the forward.
+
+    Args:
+        model: read for its argument names only.
+        context: shared with the adapted modules.
+        losses: auxiliary losses that enter the training loss.
+        layers: site → layer.
+        streams: site → stream whose padding mask its rows follow.
+        required_columns: side columns without which training is refused.
+        needs_context: whether recomputed layers read masks or shared decisions.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        context: ForwardContext,
+        losses: Sequence[WeightedTerm],
+        layers: Mapping[str, str],
+        streams: Mapping[str, str],
+        required_columns: Sequence[str],
+        needs_context: bool,
+    ) -> None:
+        self.arguments = ArgumentReader(model)
+        self.context = context
+        self.losses = tuple(losses)
+        self.layers = layers
+        self.streams = streams
+        self.required_columns = tuple(required_columns)
+        self.needs_context = needs_context
+        self.observers: list[Observer] = []
+        self.columns: dict[str, Tensor] = {}
+        self.deferred: DeferredAux | None = None
+
+    def before(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward pre-hook: masks and columns go to the context, columns do not go to the model."""
+        kwargs, columns = self.arguments.split_columns(kwargs)
+        if not self.context.enabled:
+            return args, kwargs
+        columns = {**self.columns, **columns}
+        training = model.training and torch.is_grad_enabled()
+        if training:
+            checkpointing.check_checkpointing(model, needs_context=self.needs_context)
+            self._check_columns(columns)
+            self._check_fused_head(kwargs)
+        self.context.side = self.arguments.side_inputs(args, kwargs, columns)
+        self.context.trace = {} if self.observers or (training and self.losses) else None
+        checkpointing.enter(self.context)
+        return args, kwargs
+
+    def after(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Forward hook, also called when the forward raised: auxiliary losses enter the output's
+        loss."""
+        trace, side = self.context.trace, self.context.side
+        self.context.trace, self.context.side = None, SideInputs()
+        self.context.decisions.clear()
+        checkpointing.leave(self.context)
+        if output is None or not self.context.enabled:
+            return output if output is None else with_aux(output, None)
+        records = {
+            site: [replace(r, mask=side.rows(self.streams[site], r.grid)) for r in site_records]
+            for site, site_records in (trace or {}).items()
+        }
+        for observe in self.observers:
+            observe(records)
+        if not (model.training and torch.is_grad_enabled() and self.losses and records):
+            return with_aux(output, None)
+        aux = total(records, self.losses, layer_of=self.layers, side=side.columns)
+        supervised = self.arguments.supervised(args, kwargs)
+        if self.deferred is not None:
+            self.deferred.forwards.append((aux, supervised))
+            return output
+        return with_aux(output, share(kwargs.get("num_items_in_batch"), supervised) * aux.weighted)
+
+    def _check_columns(self, columns: Mapping[str, Tensor]) -> None:
+        for name in self.required_columns:
+            if name not in columns:
+                raise AttachError(
+                    f"training this mixture needs the column {name!r}, one integer per sequence, "
+                    "for its auxiliary loss. "
+                    f"Pass model(..., {name}=tensor) or mixture.context({name}=tensor), or turn "
+                    "the loss off with "
+                    "losses=(). Evaluation and generation do not need it."
+                )
+
+    def _check_fused_head(self, kwargs: Mapping[str, Any]) -> None:
+        if kwargs.get("fused_lm_head") and self.losses and self.deferred is None:
+            raise AttachError(
+                "a trainer with a fused LM head makes its loss itself and would drop the auxiliary "
+                "losses silently. "
+                "Train with molora.train.SFTTrainer, or turn them off with losses=()."
+            )
+
+
+def with_aux(output: Any, aux: Tensor | None) -> Any:
+    """The model's output with `aux` added to its loss, and as `aux_loss` (None outside training).
+
+    Where the output class has a field of that name (mixture-of-experts bases), ours is
+    `molora_aux_loss`.
+    """
+    if isinstance(output, tuple):
+        has_loss = (
+            aux is not None
+            and len(output) > 0
+            and isinstance(output[0], Tensor)
+            and output[0].dim() == 0
+        )
+        return (output[0] + aux, *output[1:]) if has_loss else output
+    if not hasattr(output, "keys"):
+        return output
+    taken = "aux_loss" in getattr(output, "__dataclass_fields__", {})
+    object.__setattr__(output, "molora_aux_loss" if taken else "aux_loss", aux)
+    if aux is not None and getattr(output, "loss", None) is not None:
+        output["loss"] = output["loss"] + aux.to(output["loss"].device)
+    return output

@@ -1,0 +1,59 @@
+"""Loss configs → weighted terms: the place where losses lose their config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from torch import Tensor
+
+from molora.config import Importance, LoadBalance, LocalizedBalance, Loss, MixtureConfig, RouterZ
+from molora.losses import WeightedTerm, terms
+from molora.losses.total import Term
+from molora.routing import Routing
+
+
+def weighted_terms(config: MixtureConfig) -> tuple[WeightedTerm, ...]:
+    """Every loss of a mixture, named by its kind, numbered where a kind comes twice."""
+    kinds = [loss.term.kind for loss in config.losses]
+    return tuple(
+        WeightedTerm(
+            name=kind if kinds.count(kind) == 1 else f"{kind}_{kinds[:i].count(kind)}",
+            term=_term(loss),
+            coefficient=loss.coefficient,
+            scope=loss.scope,
+            reduction=loss.reduction,
+            mask=loss.mask,
+        )
+        for i, (kind, loss) in enumerate(zip(kinds, config.losses, strict=True))
+    )
+
+
+def required_columns(config: MixtureConfig) -> tuple[str, ...]:
+    """Columns that a training batch must have."""
+    localized = any(
+        isinstance(loss.term, LocalizedBalance) and loss.coefficient for loss in config.losses
+    )
+    return ("task_types",) if localized else ()
+
+
+def _term(loss: Loss) -> Term:
+    match loss.term:
+        case LoadBalance(form=form):
+            return partial(_without_side, partial(terms.load_balance, form=form))
+        case LocalizedBalance(delta=delta):
+            return partial(_localized, delta)
+        case Importance():
+            return partial(_without_side, terms.importance)
+        case RouterZ():
+            return partial(_without_side, terms.router_z)
+        case _:
+            return partial(_without_side, terms.routing_entropy)
+
+
+def _without_side(term: terms.RecordTerm, record: Routing, side: Mapping[str, Tensor]) -> Tensor:
+    return term(record)
+
+
+def _localized(delta: float, record: Routing, side: Mapping[str, Tensor]) -> Tensor:
+    return terms.localized_balance(record, delta=delta, task_types_B=side["task_types"])

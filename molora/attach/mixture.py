@@ -1,0 +1,288 @@
+"""The handle of a mixture on a model: record, disable, count, save, take off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from molora.attach.build import Built, Surgery
+from molora.attach.extras import Extras
+from molora.attach.hooks import DeferredAux, ForwardHooks, Records
+from molora.attach.plan import Plan
+from molora.attach.side_inputs import SIDE_COLUMNS
+from molora.config import MixtureConfig
+from molora.config.base import unknown_name
+from molora.errors import AttachError, CheckpointError
+from molora.modules import ForwardContext
+from molora.routing import Routing
+from molora.routing.statistics import LoadStatistics
+
+Role = Literal["experts", "router", "other"]
+
+
+class Mixture:
+    """What `molora.attach` returns; the model itself is used as before.
+
+    Attributes:
+        model: the adapted model.
+        config: what it was built from.
+        plan: which linear got what.
+        built: banks by linear, routing sites by owner.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: MixtureConfig,
+        *,
+        plan: Plan,
+        built: Built,
+        hooks: ForwardHooks,
+        context: ForwardContext,
+        surgery: Surgery,
+        extras: Extras,
+        was_trainable: dict[str, bool],
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.plan = plan
+        self.built = built
+        self.extras = extras
+        self._hooks = hooks
+        self._context = context
+        self._surgery = surgery
+        self._was_trainable = was_trainable
+        self._attached = True
+
+    # ------------------------------------------------------------------ while the model runs
+
+    @contextmanager
+    def record(self, *, detach: bool = True) -> Iterator[dict[str, Routing | list[Routing]]]:
+        """Collect the routing of every forward inside: site → `Routing`, a list if a site ran
+        several times.
+
+        Records appear when a forward of the model ends. They are detached unless `detach` is False;
+        nothing is kept outside of the yielded dict.
+        """
+        collected: dict[str, Routing | list[Routing]] = {}
+
+        def collect(records: Records) -> None:
+            for site, new in records.items():
+                before = collected.get(site, [])
+                kept = [*(before if isinstance(before, list) else [before])]
+                kept += [r.detach() if detach else r for r in new]
+                collected[site] = kept[0] if len(kept) == 1 else kept
+
+        with self._observed_by(collect):
+            yield collected
+
+    @contextmanager
+    def statistics(self) -> Iterator[LoadStatistics]:
+        """Accumulate the load of every expert over the forwards inside, on the device, without
+        synchronisation."""
+        statistics = LoadStatistics()
+        with self._observed_by(statistics.update):
+            yield statistics
+
+    @contextmanager
+    def context(self, **columns: Tensor) -> Iterator[None]:
+        """Side inputs for the forwards inside, such as `task_types=` (B,) integers.
+
+        Raises:
+            AttachError: a name that no method reads.
+        """
+        for name in columns:
+            if name not in SIDE_COLUMNS:
+                raise AttachError(unknown_name("side input", name, list(SIDE_COLUMNS)))
+        previous = self._hooks.columns
+        self._hooks.columns = {**previous, **columns}
+        try:
+            yield
+        finally:
+            self._hooks.columns = previous
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model is its base, bit for bit (trainable extra modules keep their values).
+        Nests."""
+        previous, self._context.enabled = self._context.enabled, False
+        try:
+            yield
+        finally:
+            self._context.enabled = previous
+
+    @contextmanager
+    def deferred_aux(self) -> Iterator[DeferredAux]:
+        """Inside, auxiliary losses are collected for the caller in place of being added to the
+        output's loss."""
+        previous, self._hooks.deferred = self._hooks.deferred, DeferredAux()
+        try:
+            yield self._hooks.deferred
+        finally:
+            self._hooks.deferred = previous
+
+    @contextmanager
+    def _observed_by(self, observer: Any) -> Iterator[None]:
+        self._hooks.observers.append(observer)
+        try:
+            yield
+        finally:
+            self._hooks.observers.remove(observer)
+
+    # ------------------------------------------------------------------ parameters
+
+    def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters that get gradients: "experts", "router", and "other" if extra modules are
+        declared."""
+        parameters = {
+            "experts": [
+                p
+                for bank in self.built.banks.values()
+                for p in bank.parameters()
+                if p.requires_grad
+            ],
+            "router": [
+                p
+                for site in self.built.sites.values()
+                for p in site.router.parameters()
+                if p.requires_grad
+            ],
+        }
+        other = [p for p in self.extras.trainable() if p.requires_grad]
+        return {**parameters, "other": other} if other else parameters
+
+    def parameter_groups(
+        self,
+        learning_rate: float,
+        *,
+        router_learning_rate: float | None = None,
+        weight_decay: float = 0.0,
+    ) -> list[dict[str, Any]]:
+        """Groups for an optimiser; routers have a learning rate of their own and, like token rows,
+        no weight decay."""
+        roles = self.trainable_parameters()
+        rows = {id(p) for p in self.extras.row_parameters.values()}
+        groups = [
+            {"params": roles["experts"], "lr": learning_rate, "weight_decay": weight_decay},
+            {
+                "params": roles["router"],
+                "lr": router_learning_rate or learning_rate,
+                "weight_decay": 0.0,
+            },
+            {
+                "params": [p for p in roles.get("other", []) if id(p) not in rows],
+                "lr": learning_rate,
+                "weight_decay": weight_decay,
+            },
+            {
+                "params": [p for p in roles.get("other", []) if id(p) in rows],
+                "lr": learning_rate,
+                "weight_decay": 0.0,
+            },
+        ]
+        return [group for group in groups if group["params"]]
+
+    def freeze(self, role: Role, *, frozen: bool = True) -> None:
+        """Stop, or with `frozen=False` resume, training the parameters of one role.
+
+        Raises:
+            AttachError: no such role.
+        """
+        parameters = {
+            "experts": [p for bank in self.built.banks.values() for p in bank.parameters()],
+            "router": [p for site in self.built.sites.values() for p in site.router.parameters()],
+            "other": self.extras.trainable(),
+        }
+        if role not in parameters:
+            raise AttachError(unknown_name("role", role, list(parameters)))
+        for parameter in parameters[role]:
+            parameter.requires_grad_(not frozen)
+
+    def num_parameters(self) -> dict[str, int]:
+        """Number of trainable parameters by role; token rows count only the rows that change."""
+        counts = {
+            role: sum(p.numel() for p in ps) for role, ps in self.trainable_parameters().items()
+        }
+        for parameter in self.extras.row_parameters.values():
+            counts["other"] -= parameter.numel() - len(self.extras.row_ids) * parameter.shape[1]
+        return counts
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Experts and routers under their paths, and declared extra modules under their own names;
+        no copies."""
+        state: dict[str, Tensor] = {}
+        for path, bank in self.built.banks.items():
+            state |= {f"{path}.experts.{name}": p.detach() for name, p in bank.named_parameters()}
+        for name, site in self.built.sites.items():
+            state |= {
+                f"{name}.router.{key}": p.detach() for key, p in site.router.named_parameters()
+            }
+        return state | self.extras.state()
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy values in, all or none.
+
+        Raises:
+            CheckpointError: missing, unexpected or mis-shaped tensors, each named.
+        """
+        own = self.state_dict()
+        check_names_and_shapes(
+            {name: tuple(t.shape) for name, t in own.items()},
+            {name: tuple(t.shape) for name, t in state.items()},
+        )
+        extra = self.extras.state().keys()
+        for name, tensor in own.items():
+            if name not in extra:
+                tensor.copy_(state[name])
+        self.extras.load({name: state[name] for name in extra})
+
+    def save(self, directory: str | Path) -> None:
+        """Write the mixture: one safetensors file and one JSON, complete or not at all."""
+        from molora.attach.saving import save_mixture
+
+        save_mixture(self, Path(directory))
+
+    def detach(self) -> None:
+        """Take the mixture off: the original model, bit-exact, with its `requires_grad` flags.
+
+        Raises:
+            AttachError: it is off already.
+        """
+        if not self._attached:
+            raise AttachError(
+                "this mixture has been detached already. Attach a new one with molora.attach."
+            )
+        self._surgery.undo()
+        self.extras.restore()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._was_trainable[name])
+        self._attached = False
+
+
+def check_names_and_shapes(
+    expected: dict[str, tuple[int, ...]],
+    found: dict[str, tuple[int, ...]],
+    *,
+    where: str = "state dict",
+) -> None:
+    """Raise CheckpointError naming every missing, unexpected and mis-shaped tensor."""
+    faults = [f"missing {name}" for name in expected if name not in found]
+    faults += [f"unexpected {name}" for name in found if name not in expected]
+    faults += [
+        f"{name} has shape {found[name]}, the mixture needs {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if faults:
+        shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
+        raise CheckpointError(
+            f"the {where} does not fit this mixture: {shown}. Nothing was loaded."
+        )

@@ -1,0 +1,129 @@
+"""A configuration meets a model: which linear gets how many experts of which rank, before anything
+is changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from molora.attach.families import Layer, feed_forward_layout, in_out_features, layer_of, stream_of
+from molora.attach.targets import Match, match_targets, untouched_experts
+from molora.config import Capacity, Group, MixtureConfig, PerLayer, Shape, TopK, Uniform, resolve
+from molora.config.mixture import top_k_exceeds
+from molora.errors import AttachError, ConfigError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One linear and the bank that it gets."""
+
+    path: str
+    group: Group
+    layer: Layer | None
+    num_experts: int
+    rank: int
+    top_k: int | None
+    """None where the selector has no k."""
+    stream: str
+    in_features: int
+    out_features: int
+
+    @property
+    def routed(self) -> bool:
+        """Whether a router decides; one expert alone needs none."""
+        return self.num_experts > 1
+
+    @property
+    def parent(self) -> str:
+        return self.path.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that attaching will do."""
+
+    placements: tuple[Placement, ...]
+    matches: tuple[Match, ...]
+    untouched: tuple[str, ...]
+    """Fused expert parameters of the base that carry no LoRA experts."""
+
+
+def make_plan(model: nn.Module, config: MixtureConfig) -> Plan:
+    """Resolve targets and allocations.
+
+    Raises:
+        AttachError: a pattern that matches nothing, a linear matched by two groups, an FFN site
+            outside an FFN.
+        ConfigError: lists that do not fit the number of layers, more chosen experts than a layer
+            has.
+    """
+    placements: dict[str, Placement] = {}
+    matches: list[Match] = []
+    for group in config.groups:
+        group_matches = match_targets(model, group.targets)
+        matches += group_matches
+        for path in dict.fromkeys(path for match in group_matches for path in match.paths):
+            if path in placements:
+                raise AttachError(
+                    f"{path} is matched by two groups, with targets "
+                    f"{list(placements[path].group.targets)} and "
+                    f"{list(group.targets)}. Give every linear to one group."
+                )
+            placements[path] = _place(model, path, group)
+    ordered = tuple(placements[path] for path, _ in model.named_modules() if path in placements)
+    return Plan(ordered, tuple(matches), untouched_experts(model))
+
+
+def _place(model: nn.Module, path: str, group: Group) -> Placement:
+    layer = layer_of(model, path)
+    if group.site.kind == "ffn":
+        _check_in_feed_forward(model, path)
+    in_features, out_features = in_out_features(model.get_submodule(path))
+    num_experts = _at_layer(group.num_experts, layer, path, "num_experts")
+    top_k = None
+    if isinstance(group.select, (TopK, Capacity)) and num_experts > 1:
+        top_k = _at_layer(group.select.k, layer, path, "top_k")
+        if top_k > num_experts:
+            if not isinstance(group.num_experts, Shape):
+                raise ConfigError(top_k_exceeds(top_k, num_experts))
+            top_k = num_experts
+    return Placement(
+        path=path,
+        group=group,
+        layer=layer,
+        num_experts=num_experts,
+        rank=_at_layer(group.rank, layer, path, "rank"),
+        top_k=top_k,
+        stream=stream_of(model, path),
+        in_features=in_features,
+        out_features=out_features,
+    )
+
+
+def _at_layer(
+    allocation: Uniform | PerLayer | Shape, layer: Layer | None, path: str, what: str
+) -> int:
+    if layer is not None:
+        return resolve(allocation, layer.depth, what=what)[layer.index]
+    if not isinstance(allocation, Uniform):
+        raise ConfigError(
+            f"{what} varies over layers, but {path} belongs to no layer. Give it a group of its "
+            "own."
+        )
+    return allocation.value
+
+
+def _check_in_feed_forward(model: nn.Module, path: str) -> None:
+    parent, _, name = path.rpartition(".")
+    layout = feed_forward_layout(model.get_submodule(parent))
+    if layout is None or name not in (*layout.inputs, layout.down):
+        raise AttachError(
+            f"site 'ffn' mixes whole FFN modules, but {path} is not a projection of one: its "
+            "parent is a "
+            f"{type(model.get_submodule(parent)).__name__}. Families with the FFN as one module "
+            "(Llama, Mistral, Qwen, "
+            "Gemma, Phi-3, GPT-2, T5) have this site; BERT and RoBERTa split the FFN over two "
+            "modules and do not. "
+            "Use targets='ffn' there, or site 'linear'."
+        )

@@ -1,0 +1,108 @@
+"""From the arguments of a model's forward to padding masks, side columns and the share of a
+micro-batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molora.modules import SideInputs
+
+SIDE_COLUMNS = ("task_types", "task_ids")
+"""Columns of a batch that are for the mixture, not for the base model."""
+
+
+class ArgumentReader:
+    """Finds named arguments of a model's forward, passed by position or by name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names = [
+            name for name in inspect.signature(type(model).forward).parameters if name != "self"
+        ]
+        self.is_encoder_decoder = bool(
+            getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        )
+        self.shifts_labels = (
+            not self.is_encoder_decoder and getattr(model, "loss_type", None) == "ForCausalLM"
+        )
+
+    def get(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Any:
+        """The argument called `name`, or None."""
+        if name in kwargs:
+            return kwargs[name]
+        position = self.names.index(name) if name in self.names else len(args)
+        return args[position] if position < len(args) else None
+
+    def split_columns(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Take the side columns out of the keyword arguments, unless the model has an argument of
+        that name."""
+        columns = {
+            name: kwargs[name]
+            for name in SIDE_COLUMNS
+            if name in kwargs and name not in self.names and kwargs[name] is not None
+        }
+        return {
+            name: value
+            for name, value in kwargs.items()
+            if name not in SIDE_COLUMNS or name in self.names
+        }, columns
+
+    def side_inputs(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], columns: Mapping[str, Tensor]
+    ) -> SideInputs:
+        """Padding masks by stream.
+
+        Without a decoder_attention_mask, the decoder positions of an encoder-decoder that count are
+        those with a label.
+        """
+        mask = self.get(args, kwargs, "attention_mask")
+        unreadable = _unreadable(mask)
+        if unreadable:
+            return SideInputs(columns=columns, unreadable=unreadable)
+        masks: dict[str, Tensor] = {}
+        if mask is not None:
+            masks["encoder" if self.is_encoder_decoder else "input"] = mask.bool()
+        if self.is_encoder_decoder:
+            decoder_mask = self.get(args, kwargs, "decoder_attention_mask")
+            labels = self.get(args, kwargs, "labels")
+            if decoder_mask is not None:
+                masks["decoder"] = decoder_mask.bool()
+            elif labels is not None:
+                masks["decoder"] = labels != -100
+        return SideInputs(masks=masks, columns=columns)
+
+    def supervised(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """Number of labels that this micro-batch's loss counts, as transformers' Trainer counts
+        them."""
+        shifted = self.get(args, kwargs, "shift_labels")
+        labels = shifted if shifted is not None else self.get(args, kwargs, "labels")
+        if labels is None:
+            return None
+        if shifted is None and self.shifts_labels:
+            labels = labels[..., 1:]
+        return (labels != -100).sum()
+
+
+def _unreadable(mask: Any) -> str:
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+        return ""
+    if isinstance(mask, Tensor):
+        return f"a {mask.dim()}-D tensor"
+    return f"a {type(mask).__name__}"
+
+
+def share(num_items_in_batch: Tensor | int | None, supervised: Tensor | None) -> Tensor | float:
+    """The weight of a micro-batch's auxiliary loss: its share of the batch's supervised tokens, 1
+    if it is the batch.
+
+    With this weight the auxiliary gradient is invariant to accumulation and world size, like the
+    cross entropy's.
+    """
+    if num_items_in_batch is None or supervised is None:
+        return 1.0
+    total = torch.as_tensor(num_items_in_batch, device=supervised.device)
+    return supervised / total.clamp_min(1)

@@ -1,0 +1,86 @@
+"""A whole training run as data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from molora.config.base import Frozen
+from molora.config.data import DataConfig
+from molora.config.mixture import MixtureConfig
+
+
+class ModelConfig(Frozen):
+    """The frozen base model."""
+
+    name: str = Field(min_length=1)
+    """A name on the Hugging Face hub or a directory."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "bfloat16"
+    """Storage of the base; trainable parameters have `mixture.dtype`."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention implementation."""
+
+
+class TrainConfig(Frozen):
+    """Optimisation and logging."""
+
+    epochs: PositiveFloat = 1.0
+    """Passes over the data, unless max_steps is set."""
+    max_steps: PositiveInt | None = None
+    """Optimiser steps; overrides epochs."""
+    batch_size: PositiveInt = 8
+    """Rows per process and forward."""
+    gradient_accumulation: PositiveInt = 1
+    """Forwards per optimiser step."""
+    learning_rate: PositiveFloat = 2e-4
+    """Peak learning rate of the experts."""
+    router_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of the routers; the experts' if not given."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW weight decay of the experts; routers have none."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning-rate schedule after warm-up."""
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
+    """Share of the steps with a rising learning rate."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradient clipping."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass; always non-re-entrant."""
+    logging_steps: PositiveInt = 10
+    """Optimiser steps between two lines of metrics."""
+    save_steps: PositiveInt | None = None
+    """Optimiser steps between two saved mixtures; only at the end if not given."""
+    eval_steps: PositiveInt | None = None
+    """Optimiser steps between two evaluations of the loss on data.eval; only at the end if not
+    given."""
+    threads: PositiveInt | None = None
+    """CPU threads; torch's choice if not given."""
+
+
+class RunConfig(Frozen):
+    """model, data, mixture and training of one run."""
+
+    model: ModelConfig
+    """The frozen base model."""
+    data: DataConfig
+    """What to train and evaluate on."""
+    mixture: MixtureConfig
+    """The mixture, or in a file `preset: NAME` and its arguments."""
+    train: TrainConfig = TrainConfig()
+    """Optimisation and logging."""
+    output_dir: Path = Path("runs/molora")
+    """Where the mixture, metrics and the resolved configuration are written."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds experts, routers, data order and dropout."""
+
+    @model_validator(mode="after")
+    def _eval_steps_need_data(self) -> Self:
+        if self.train.eval_steps is not None and not self.data.eval:
+            raise ValueError(
+                "train.eval_steps is set, but data.eval is empty. Name evaluation files or drop it."
+            )
+        return self

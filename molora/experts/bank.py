@@ -1,0 +1,123 @@
+"""A bank: the experts of one projection, stacked per factor so that every expert takes part in
+every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from molora.dtypes import apply_keeping_dtype
+from molora.kernels import Backend
+from molora.kernels.lora_mix import reference
+from molora.routing.record import Routing
+
+
+@dataclass(frozen=True)
+class Block:
+    """Experts of one rank and one trainability.
+
+    Attributes:
+        lora_A: (E, R, in), or (1, R, in) if all share one down-projection.
+        lora_B: (E, out, R).
+        scaling: (E,) float32.
+        trainable: whether the factors get gradients.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: Tensor
+    trainable: bool = True
+
+
+class ExpertBank(nn.Module):
+    """delta = Σ_k gate_k · scaling · B A dropout(x), over one block of stacked experts or several.
+
+    The first block's factors are `lora_A` and `lora_B`; further blocks are the children `1`, `2`, …
+    Experts are numbered through the blocks. No expert is ever skipped: a parameter without a
+    gradient on one rank trains silently wrong under ZeRO.
+    """
+
+    scaling: Tensor
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        *,
+        backend: Backend,
+        dropout: float = 0.0,
+        dropout_mask: Literal["shared", "per_expert"] = "shared",
+    ) -> None:
+        super().__init__()
+        first, *rest = blocks
+        self.lora_A = nn.Parameter(first.lora_A, requires_grad=first.trainable)
+        self.lora_B = nn.Parameter(first.lora_B, requires_grad=first.trainable)
+        self.register_buffer("scaling", first.scaling, persistent=False)
+        for number, block in enumerate(rest, start=1):
+            self.add_module(str(number), ExpertBank([block], backend=backend))
+        self.backend = backend
+        self.dropout = dropout
+        self.dropout_mask = dropout_mask
+
+    @property
+    def num_experts(self) -> int:
+        return sum(block.lora_B.shape[0] for block in self.blocks())
+
+    def blocks(self) -> Iterator[ExpertBank]:
+        """The blocks in the order of their experts; the bank itself is the first."""
+        yield self
+        yield from (child for child in self.children() if isinstance(child, ExpertBank))
+
+    def forward(self, x_TD: Tensor, routing: Routing | None) -> Tensor:
+        """(T, in) and the decision for its rows → (T, out); without a decision all experts act with
+        gate 1."""
+        x_TD = x_TD.to(compute_dtype(x_TD))
+        x, mix = self._dropped(x_TD)
+        if routing is None:
+            deltas = [mix(x, None, None, b.lora_A, b.lora_B, b.scaling) for b in self.blocks()]
+        elif len(self._modules) == 0:
+            return mix(
+                x, routing.gates, routing.expert_index, self.lora_A, self.lora_B, self.scaling
+            )
+        else:
+            gates = routing.dense_gates().split([b.lora_B.shape[0] for b in self.blocks()], dim=1)
+            deltas = [
+                mix(x, g, _all_experts(g), b.lora_A, b.lora_B, b.scaling)
+                for g, b in zip(gates, self.blocks(), strict=True)
+            ]
+        return torch.stack(deltas).sum(dim=0) if len(deltas) > 1 else deltas[0]
+
+    def rows(self, x_TD: Tensor, expert_index_TK: Tensor) -> Tensor:
+        """(T, in) → (T, K, out): the ungated update of every chosen expert (one block only, as at
+        the FFN site)."""
+        x_TD = nn.functional.dropout(x_TD.to(compute_dtype(x_TD)), self.dropout, self.training)
+        return self.backend.lora_rows(x_TD, expert_index_TK, self.lora_A, self.lora_B, self.scaling)
+
+    def _dropped(self, x_TD: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
+        if not self.training or self.dropout == 0:
+            return x_TD, self.backend.lora_mix
+        if self.dropout_mask == "shared":
+            return nn.functional.dropout(x_TD, self.dropout), self.backend.lora_mix
+        # an input per expert: only the reference takes one, and the option is documented as slow
+        x_ETD = nn.functional.dropout(x_TD.expand(self.lora_B.shape[0], -1, -1), self.dropout)
+        return x_ETD, reference.lora_mix
+
+    def extra_repr(self) -> str:
+        ranks = ", ".join(str(block.lora_A.shape[1]) for block in self.blocks())
+        return f"num_experts={self.num_experts}, rank={ranks}, backend={self.backend.name}"
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ExpertBank:
+        return apply_keeping_dtype(self, super()._apply, fn, recurse)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a product with x: autocast's where it is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _all_experts(gates_TE: Tensor) -> Tensor:
+    return torch.arange(gates_TE.shape[1], device=gates_TE.device).expand_as(gates_TE)

@@ -1,0 +1,6 @@
+"""delta_TF = Σ_k gate_k · scaling · B A x, one file per backend; `reference` is the
+specification."""
+
+from molora.kernels.lora_mix import dense, reference
+
+__all__ = ["dense", "reference"]

@@ -1,0 +1,6 @@
+"""delta_TKF = scaling · B A x of every chosen expert, one file per backend; `reference` is the
+specification."""
+
+from molora.kernels.lora_rows import dense, reference
+
+__all__ = ["dense", "reference"]

@@ -1,0 +1,94 @@
+"""Auxiliary loss terms: pure functions of one pooled `Routing` record → scalar float32, over rows
+that are not padding.
+
+All are 0, finite and still in the graph when no row counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from molora.errors import ConfigError
+from molora.routing import statistics
+from molora.routing.record import Routing
+
+RecordTerm = Callable[[Routing], Tensor]
+
+
+def load_balance(
+    record: Routing, *, form: Literal["normalized", "slots", "switch", "unscaled"]
+) -> Tensor:
+    """Σ_e f_e P_e, times E except in the form "unscaled"; P is the mean of the full scores, f the
+    routed fraction.
+
+    Value at uniform routing: normalized 1 (MoLA, 2402.08562), slots k (MixLoRA, 2404.15159; GOAT),
+    switch 1 (Switch Transformer, 2101.03961, Eq. 4), unscaled k/E (LLaVA-MoLE, 2401.16160). One
+    collapsed expert gives E for k = 1. f is a hard count and has no gradient. Padding is left out,
+    unlike in MoLA's code.
+    """
+    valid_T = record.valid_rows()
+    rows = valid_T.sum().clamp_min(1)
+    mean_score_E = (record.scores * valid_T[:, None]).sum(dim=0) / rows
+    if form == "switch":
+        index_TK = record.scores.argmax(dim=-1, keepdim=True)
+        selected_TK = torch.ones_like(index_TK, dtype=torch.bool)
+    else:
+        index_TK, selected_TK = record.expert_index, record.selected
+    hits_TK = selected_TK * valid_T[:, None]
+    counts_E = torch.zeros_like(mean_score_E).scatter_add(0, index_TK.flatten(), hits_TK.flatten())
+    fraction_E = counts_E / (counts_E.sum().clamp_min(1) if form == "normalized" else rows)
+    product = (fraction_E * mean_score_E).sum()
+    return product if form == "unscaled" else record.num_experts * product
+
+
+def importance(record: Routing) -> Tensor:
+    """CV² of the gate mass per expert: variance / mean² (Shazeer et al., 1701.06538, Eq. 6–7); 0 at
+    uniform routing."""
+    mass_E = (record.dense_gates().float() * record.valid_rows()[:, None]).sum(dim=0)
+    return mass_E.var(unbiased=False) / (mass_E.mean() ** 2 + 1e-10)
+
+
+def localized_balance(record: Routing, *, delta: float, task_types_B: Tensor) -> Tensor:
+    """LoRAMoE's constraint: var(Z) / mean(Z)², Z = Q · I (2312.09979).
+
+    Q[b, e] is the summed score of expert e in sequence b. I is 1 + delta where a sequence of type 1
+    meets an expert of the first half or one of type 0 an expert of the second half, else 1 − delta.
+    The variance is unbiased and divided by the squared mean, as in the authors' code; the paper
+    prints the mean. Flat routing gives about delta² · n / (n − 1) over the n = B · E values of a
+    balanced batch. Padding is left out, unlike in their code.
+
+    Raises:
+        ConfigError: task types that are not one 0 or 1 per sequence.
+    """
+    if task_types_B.shape != record.grid[:1]:
+        raise ConfigError(
+            f"task_types has shape {tuple(task_types_B.shape)}, but the localized balance loss "
+            "needs one value per "
+            f"sequence, {record.grid[:1]}."
+        )
+    scores_TE = record.scores * record.valid_rows()[:, None]
+    mass_BE = rearrange(scores_TE, "(b s) e -> b s e", b=record.grid[0]).sum(dim=1)
+    first_half_E = torch.arange(record.num_experts, device=mass_BE.device) < record.num_experts // 2
+    raised_BE = task_types_B[:, None].bool() == first_half_E
+    z_N = (mass_BE * torch.where(raised_BE, 1 + delta, 1 - delta)).flatten()
+    return z_N.var(unbiased=True) / (z_N.mean() ** 2 + 1e-10)
+
+
+def router_z(record: Routing) -> Tensor:
+    """Mean of logsumexp(logits)² (ST-MoE, 2202.08906, Eq. 5); (log E)² at zero logits."""
+    assert record.logits is not None
+    valid_T = record.valid_rows()
+    return (torch.logsumexp(record.logits, dim=-1) ** 2 * valid_T).sum() / valid_T.sum().clamp_min(
+        1
+    )
+
+
+def routing_entropy(record: Routing) -> Tensor:
+    """Mean entropy of a row's normalised scores in nats; log E at uniform routing, 0 when one
+    expert has all."""
+    return statistics.entropy(record)

@@ -1,0 +1,17 @@
+"""Glue between a base module, its expert bank and a routing decision; flat arguments, never a
+config."""
+
+from molora.modules.context import ForwardContext, SideInputs
+from molora.modules.ffn import MoLoRAFeedForward, Projection
+from molora.modules.linear import MoLoRALinear
+from molora.modules.site import RoutingSite, SharedDecision
+
+__all__ = [
+    "ForwardContext",
+    "MoLoRAFeedForward",
+    "MoLoRALinear",
+    "Projection",
+    "RoutingSite",
+    "SharedDecision",
+    "SideInputs",
+]

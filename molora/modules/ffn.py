@@ -1,0 +1,135 @@
+"""Whole-FFN experts, mixed after the non-linearity (MixLoRA, 2404.15159)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molora.experts import ExpertBank
+from molora.experts.bank import compute_dtype
+from molora.modules.context import ForwardContext
+from molora.modules.site import RoutingSite
+from molora.routing.record import Routing
+
+
+class Projection:
+    """A projection of the FFN as its experts see it: the base linear, and a bank unless it is not a
+    target.
+
+    A fused projection (Phi-3's gate_up_proj) is one Projection with the outputs of both halves.
+    """
+
+    def __init__(self, base: nn.Module, experts: ExpertBank | None) -> None:
+        self.base = base
+        self.experts = experts
+
+    def per_expert(self, x: Tensor, routing: Routing) -> Tensor:
+        """(..., in) → (T, K, out): W x + scaling · B_e A_e x for the chosen experts; W x is
+        computed once."""
+        y = self.base(x)
+        y_T1F = y.reshape(-1, 1, y.shape[-1])
+        if self.experts is None:
+            return y_T1F.expand(-1, routing.expert_index.shape[1], -1)
+        return y_T1F + self.experts.rows(x.reshape(-1, x.shape[-1]), routing.expert_index).to(
+            y.dtype
+        )
+
+
+class MoLoRAFeedForward:
+    """y = Σ_k gate_k FFN_{e_k}(x), where FFN_e is the base FFN with expert e's LoRA on each
+    projection.
+
+    The base down projection is linear, so Σ_k g_k W a_k = W (Σ_k g_k a_k): it runs once per token,
+    not once per (token, expert). A bias enters with the sum of the gates.
+
+    Args:
+        inputs: the projections that read x: (gate, up), or one fused or plain projection.
+        activate: their outputs, each (T, K, F), → (T, K, I), dropout included.
+        down: the projection back, (T, I) → (T, out).
+        finish: what the FFN does after it, such as dropout.
+        site: what decides.
+        context: shared state of the model's forward.
+        base_forward: the FFN's forward before it was taken over.
+        overflow_input: give a token that capacity dropped score · x in place of its expert's
+            output, as the switch variant of MixLoRA's code does; x must have as many features as y.
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[Projection, ...],
+        activate: Callable[..., Tensor],
+        down: Projection,
+        *,
+        finish: Callable[[Tensor], Tensor],
+        site: RoutingSite,
+        context: ForwardContext,
+        base_forward: Callable[..., Tensor],
+        overflow_input: bool = False,
+    ) -> None:
+        self.inputs = inputs
+        self.activate = activate
+        self.down = down
+        self.finish = finish
+        self.site = site
+        self.context = context
+        self.base_forward = base_forward
+        self.overflow_input = overflow_input
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., in) → (..., out) in the base's dtype; the base FFN alone while the mixture is
+        disabled."""
+        if not self.context.enabled:
+            return self.base_forward(x, *args, **kwargs)
+        routing = self.site.decide(x)
+        a_TKI = self.activate(*(projection.per_expert(x, routing) for projection in self.inputs))
+        gates_TK1 = routing.gates.to(compute_dtype(a_TKI))[..., None]
+        mixed_TI = (gates_TK1 * a_TKI).sum(dim=1)
+        y_TF = self.down.base(mixed_TI.to(_input_dtype(self.down.base, mixed_TI)))
+        y_TF = self._bias_with_gates(y_TF, routing)
+        if self.down.experts is not None:
+            y_TF = y_TF + self._down_delta(a_TKI, routing).to(y_TF.dtype)
+        if self.overflow_input:
+            y_TF = y_TF + dropped_mass(routing).to(y_TF.dtype)[:, None] * x.reshape(
+                -1, x.shape[-1]
+            ).to(y_TF.dtype)
+        return self.finish(y_TF).view(*x.shape[:-1], -1)
+
+    def _bias_with_gates(self, y_TF: Tensor, routing: Routing) -> Tensor:
+        bias_F = getattr(self.down.base, "bias", None)
+        if bias_F is None:
+            return y_TF
+        # the down projection added the bias once; Σ_k g_k FFN_k holds it Σ_k g_k times
+        surplus_T1 = routing.gates.sum(dim=-1, keepdim=True) - 1
+        return y_TF + (surplus_T1 * bias_F.to(surplus_T1.dtype)).to(y_TF.dtype)
+
+    def _down_delta(self, a_TKI: Tensor, routing: Routing) -> Tensor:
+        """Σ_k g_k · scaling · B_k A_k a_k: every (token, slot) is a row with one expert."""
+        experts, slots = self.down.experts, routing.gates.shape[1]
+        assert experts is not None
+        one_slot = Routing(
+            logits=None,
+            scores=routing.scores.repeat_interleave(slots, dim=0),
+            gates=routing.gates.reshape(-1, 1),
+            expert_index=routing.expert_index.reshape(-1, 1),
+            selected=routing.selected.reshape(-1, 1),
+        )
+        delta_NF = experts(a_TKI.flatten(0, 1), one_slot)
+        return delta_NF.view(-1, slots, delta_NF.shape[-1]).sum(dim=1)
+
+
+def dropped_mass(routing: Routing) -> Tensor:
+    """(T,): sum of the scores of the slots that were selected and then dropped by capacity."""
+    scores_TK = routing.scores.gather(1, routing.expert_index)
+    return torch.where(routing.selected & (routing.gates == 0), scores_TK, 0.0).sum(dim=-1)
+
+
+def _input_dtype(linear: nn.Module, x: Tensor) -> torch.dtype:
+    """T5 keeps its `wo` in float32 in a half-precision model, and casts what it feeds it."""
+    weight = linear.weight
+    keeps_float32 = isinstance(weight, Tensor) and weight.dtype == torch.float32
+    return (
+        torch.float32 if keeps_float32 and not torch.is_autocast_enabled(x.device.type) else x.dtype
+    )

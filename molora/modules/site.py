@@ -1,0 +1,112 @@
+"""A site: one router, its selector, and the decision they make for the rows of a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from molora.errors import AttachError
+from molora.modules.context import ForwardContext
+from molora.routing.record import Routing
+from molora.routing.scores import ScoreFunction
+from molora.routing.select import SelectFunction, limit_capacity
+
+
+class RoutingSite:
+    """x → Routing. Not a module: the router belongs to the module that owns the scope.
+
+    Args:
+        name: path of the owning module.
+        router: module (T, in) → (T, E) float32.
+        score, select: pure functions, see `routing/`.
+        capacity: tokens that an expert serves per sequence in training; None for no limit.
+        stream: whose padding mask its rows follow: "input", or "encoder" and "decoder" of a model
+            that has both.
+        context: shared state of the model's forward.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        router: nn.Module,
+        *,
+        score: ScoreFunction,
+        select: SelectFunction,
+        capacity: int | None,
+        stream: str,
+        context: ForwardContext,
+    ) -> None:
+        self.name = name
+        self.router = router
+        self.score = score
+        self.select = select
+        self.capacity = capacity
+        self.stream = stream
+        self.context = context
+
+    def decide(self, x: Tensor) -> Routing:
+        """(..., in) → the decision for its rows; recorded if a trace is open."""
+        grid = tuple(x.shape[:-1])
+        logits_TE = self.router(x.reshape(-1, x.shape[-1]))
+        scores_TE = self.score(logits_TE)
+        gates_TK, index_TK, selected_TK = self.select(scores_TE)
+        if self.capacity is not None and self.router.training:
+            gates_TK = limit_capacity(
+                gates_TK,
+                index_TK,
+                num_experts=scores_TE.shape[-1],
+                capacity=self.capacity,
+                num_sequences=grid[0] if len(grid) > 1 else 1,
+                mask_T=self.context.side.rows(self.stream, grid),
+            )
+        routing = Routing(logits_TE, scores_TE, gates_TK, index_TK, selected_TK, grid=grid)
+        if self.context.trace is not None:
+            self.context.trace.setdefault(self.name, []).append(routing)
+        return routing
+
+
+class SharedDecision:
+    """One decision for all linears below a block: made when the block is called, dropped when it
+    returns.
+
+    It lives in the forward context, from which `checkpoint_context` brings it back for a
+    recomputation: the hooks of a decoder layer run outside of its checkpointed region.
+    """
+
+    def __init__(self, site: RoutingSite, *, in_features: int, num_experts: int) -> None:
+        self.site = site
+        self.in_features = in_features
+        self.num_experts = num_experts
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Forward pre-hook of the block."""
+        if not self.site.context.enabled:
+            return
+        x = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(x, Tensor) or x.shape[-1] != self.in_features:
+            raise AttachError(
+                f"the router at {self.site.name!r} reads the block's hidden states with "
+                f"{self.in_features} features, "
+                "but the block was called with "
+                f"{'nothing' if x is None else tuple(getattr(x, 'shape', ()))}. "
+                "Use scope='linear' for this model."
+            )
+        self.site.context.decisions[self.site.name] = self.site.decide(x)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the block, also called when it raised."""
+        self.site.context.decisions.pop(self.site.name, None)
+
+    def decide(self, x: Tensor) -> Routing:
+        """The block's decision, for a linear below it whose input has the same rows."""
+        current = self.site.context.decisions.get(self.site.name)
+        if current is None or current.grid != tuple(x.shape[:-1]):
+            raise AttachError(
+                f"a linear that shares the decision of {self.site.name!r} was called outside of "
+                "it, or with rows of "
+                f"shape {tuple(x.shape[:-1])} that are not the block's. Use scope='linear' for "
+                "this model."
+            )
+        return current

@@ -1,0 +1,89 @@
+"""The learnable part of routing: a linear map from a row to one logit per expert, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molora.dtypes import apply_keeping_dtype
+
+
+class LinearRouter(nn.Module):
+    """logits = W x / temperature + noise, in float32 whatever the input's dtype and with autocast
+    off inside.
+
+    Args:
+        weight: (E, in), trainable; its dtype survives `.bfloat16()` and engine casts.
+        temperature: divides the logits.
+        noise_std: standard deviation of Gaussian noise on the logits, in training only.
+        jitter: in training the input is multiplied by uniform(1 − jitter, 1 + jitter), for the
+            router alone.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        *,
+        temperature: float = 1.0,
+        noise_std: float = 0.0,
+        jitter: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.temperature = temperature
+        self.noise_std = noise_std
+        self.jitter = jitter
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, in) of any float dtype → (T, E) float32."""
+        # float32: bf16 logits tie in top-k, and the expert then depends on the backend
+        with torch.autocast(x_TD.device.type, enabled=False):
+            if self.training and self.jitter > 0:
+                x_TD = x_TD.float() * torch.empty_like(x_TD, dtype=torch.float32).uniform_(
+                    1 - self.jitter, 1 + self.jitter
+                )
+            logits_TE = _Float32Linear.apply(x_TD, self.weight)
+            if self.temperature != 1.0:
+                logits_TE = logits_TE / self.temperature
+            if self.training and self.noise_std > 0:
+                logits_TE = logits_TE + self.noise_std * torch.randn_like(logits_TE)
+        return logits_TE
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.weight.shape[1]}, num_experts={self.weight.shape[0]}"
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LinearRouter:
+        return apply_keeping_dtype(self, super()._apply, fn, recurse)
+
+
+class _Float32Linear(torch.autograd.Function):
+    """x Wᵀ in at least float32, that saves x in its own dtype: a float32 copy would double its
+    memory in bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        wide = _wide(x_TD.dtype)
+        return x_TD.to(wide) @ weight_ED.to(wide).T
+
+    @staticmethod
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_TD, weight_ED = ctx.saved_tensors
+        grad_x = (
+            (grad_TE @ weight_ED.to(grad_TE.dtype)).to(x_TD.dtype)
+            if ctx.needs_input_grad[0]
+            else None
+        )
+        grad_w = (
+            (grad_TE.T @ x_TD.to(grad_TE.dtype)).to(weight_ED.dtype)
+            if ctx.needs_input_grad[1]
+            else None
+        )
+        return grad_x, grad_w
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,67 @@
+"""What a router did, as numbers: pure functions of one `Routing` record, on its device, without
+synchronisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from molora.routing.record import Routing
+
+
+def load(record: Routing) -> Tensor:
+    """(E,) float32: share of the choices that fell on each expert; sums to 1 (all zero if no row
+    counts).
+
+    Counts slots that act (selected, gate ≠ 0) of rows that are not padding.
+    """
+    counts_E = expert_counts(record)
+    return counts_E / counts_E.sum().clamp_min(1)
+
+
+def expert_counts(record: Routing) -> Tensor:
+    """(E,) float32: number of rows that each expert acts on."""
+    acting_TK = (record.selected & (record.gates != 0)).float() * record.valid_rows()[:, None]
+    return _scatter_sum(record, acting_TK)
+
+
+def importance(record: Routing) -> Tensor:
+    """(E,) float32: share of the gate mass that each expert received."""
+    mass_TK = record.gates.float() * record.valid_rows()[:, None]
+    mass_E = _scatter_sum(record, mass_TK)
+    return mass_E / mass_E.sum().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def entropy(record: Routing) -> Tensor:
+    """Scalar: mean entropy of a row's normalised scores, in nats; log E at uniform routing."""
+    valid_T = record.valid_rows()
+    p_TE = record.scores / record.scores.sum(dim=-1, keepdim=True)
+    entropy_T = torch.special.entr(p_TE).sum(dim=-1)
+    return (entropy_T * valid_T).sum() / valid_T.sum().clamp_min(1)
+
+
+def _scatter_sum(record: Routing, values_TK: Tensor) -> Tensor:
+    sums_E = torch.zeros(record.num_experts, dtype=torch.float32, device=record.scores.device)
+    return sums_E.scatter_add(0, record.expert_index.flatten(), values_TK.flatten())
+
+
+class LoadStatistics:
+    """Running counts of what each expert of each site served, kept on the device until they are
+    read."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, Tensor] = {}
+
+    def update(self, records: Mapping[str, Sequence[Routing]]) -> None:
+        """Add the records of one forward."""
+        for site, site_records in records.items():
+            counts_E = torch.stack([expert_counts(record.detach()) for record in site_records]).sum(
+                dim=0
+            )
+            self._counts[site] = self._counts[site] + counts_E if site in self._counts else counts_E
+
+    def loads(self) -> dict[str, Tensor]:
+        """Site → (E,) float32 on its device: share of the choices that fell on each expert."""
+        return {site: counts / counts.sum().clamp_min(1) for site, counts in self._counts.items()}
