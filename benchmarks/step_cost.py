@@ -1,0 +1,243 @@
+"""What one training step of an adapted causal LM costs, relative to the frozen base on the same
+data.
+
+Four figures per implementation, the first three free of timing noise:
+
+    flops   floating-point operations of forward and backward
+    saved   bytes of distinct storages that autograd keeps between forward and backward
+    ops     ATen calls of one step, a proxy for kernel launches on a GPU
+    time    median over runs of the ratio to the frozen base's step right beside it
+
+The frozen base has no adapter, but gradients flow down to its embeddings. All parties run at
+dropout 0 without auxiliary losses; the model is a Llama of random weights.
+
+    python benchmarks/step_cost.py                          # all implementations at hidden 512
+    python benchmarks/step_cost.py mola-top2 peft-lora-64 --hidden 1024 --threads 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+# a spinning OpenMP thread slows every other process, and with it the measurement
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import molora
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+EXPERTS, RANK, TOP_K = 8, 8, 2
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The base model and the batch."""
+
+    hidden: int = 512
+    layers: int = 4
+    tokens: int = 1024
+    vocab: int = 2048
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One implementation; `*_x` are ratios to the frozen base."""
+
+    name: str
+    time_x: float
+    flops_x: float
+    saved_x: float
+    ops_x: float
+    milliseconds: float
+    saved_mib: float
+
+
+def base_model(sizes: Sizes) -> LlamaForCausalLM:
+    """A frozen Llama in training mode, the same at every call."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=sizes.hidden,
+        intermediate_size=int(sizes.hidden * 2.75) // 64 * 64,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=max(1, sizes.hidden // 64),
+        num_key_value_heads=max(1, sizes.hidden // 64),
+        vocab_size=sizes.vocab,
+    )
+    return LlamaForCausalLM(config).requires_grad_(False).train()
+
+
+def frozen(sizes: Sizes) -> torch.nn.Module:
+    """The floor: no adapter, gradients down to the embeddings."""
+    model = base_model(sizes)
+    model.get_input_embeddings().register_forward_hook(lambda *args: args[2].requires_grad_(True))
+    return model
+
+
+def peft_lora(rank: int) -> Callable[[Sizes], torch.nn.Module]:
+    """Plain LoRA of the package peft."""
+
+    def build(sizes: Sizes) -> torch.nn.Module:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=rank, lora_alpha=16, lora_dropout=0.0, target_modules=PROJECTIONS)
+        return get_peft_model(base_model(sizes), config)
+
+    return build
+
+
+def mixture(config: molora.MixtureConfig) -> Callable[[Sizes], torch.nn.Module]:
+    """A molora mixture."""
+
+    def build(sizes: Sizes) -> torch.nn.Module:
+        model = base_model(sizes)
+        molora.attach(model, config)
+        return model
+
+    return build
+
+
+COMMON = {"rank": RANK, "dropout": 0.0}
+IMPLEMENTATIONS: dict[str, Callable[[Sizes], torch.nn.Module]] = {
+    "peft-lora-16": peft_lora(16),
+    "peft-lora-64": peft_lora(64),
+    "lora-64": mixture(molora.presets.lora(rank=64)),
+    "molora-soft": mixture(molora.presets.molora(num_experts=EXPERTS, **COMMON)),
+    "mola-top2": mixture(
+        molora.presets.mola(num_experts=EXPERTS, top_k=TOP_K, losses=(), **COMMON)
+    ),
+    "mixlora-top2": mixture(
+        molora.presets.mixlora(num_experts=EXPERTS, top_k=TOP_K, losses=(), **COMMON)
+    ),
+}
+
+
+def training_step(model: torch.nn.Module, ids_BS: Tensor) -> Step:
+    """Forward, backward, and the gradients dropped again."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def step() -> None:
+        model(input_ids=ids_BS, labels=ids_BS).loss.backward()
+        for parameter in parameters:
+            parameter.grad = None
+
+    return step
+
+
+class OpCounter(TorchDispatchMode):
+    """Counts ATen calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def saved_bytes(step: Step) -> int:
+    """Bytes of distinct storages saved for backward, parameters left out."""
+    parameters = {
+        obj.untyped_storage().data_ptr()
+        for obj in gc.get_objects()
+        if isinstance(obj, torch.nn.Parameter)
+    }
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(seen.values())
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The figures that do not depend on the machine's speed."""
+
+    flops: int
+    saved: int
+    ops: int
+
+
+def count(step: Step) -> Counts:
+    """Count one step; the first one is a warm-up that is not counted."""
+    step()
+    with FlopCounterMode(display=False) as flops:
+        step()
+    with OpCounter() as ops:
+        step()
+    return Counts(flops.get_total_flops(), saved_bytes(step), ops.count)
+
+
+def measure(names: list[str], sizes: Sizes, runs: int) -> Iterator[Cost]:
+    """All implementations interleaved in one process, each beside a step of the frozen base."""
+    ids_BS = torch.randint(
+        0, sizes.vocab, (4, sizes.tokens // 4), generator=torch.Generator().manual_seed(1)
+    )
+    floor = training_step(frozen(sizes), ids_BS)
+    floor_counts = count(floor)
+    steps = {name: training_step(IMPLEMENTATIONS[name](sizes), ids_BS) for name in names}
+    counts = {name: count(step) for name, step in steps.items()}
+    ratios: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(runs):
+        for name, step in steps.items():
+            base = _timed(floor)
+            seconds[name].append(_timed(step))
+            ratios[name].append(seconds[name][-1] / base)
+    for name, counted in counts.items():
+        yield Cost(
+            name,
+            time_x=round(statistics.median(ratios[name]), 3),
+            flops_x=round(counted.flops / floor_counts.flops, 3),
+            saved_x=round(counted.saved / floor_counts.saved, 3),
+            ops_x=round(counted.ops / floor_counts.ops, 3),
+            milliseconds=round(statistics.median(seconds[name]) * 1e3, 1),
+            saved_mib=round(counted.saved / 2**20, 1),
+        )
+
+
+def _timed(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(IMPLEMENTATIONS)}")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--runs", type=int, default=7)
+    args = parser.parse_args()
+    unknown = [name for name in args.names if name not in IMPLEMENTATIONS]
+    if unknown:
+        parser.error(f"unknown {', '.join(unknown)}; known: {', '.join(IMPLEMENTATIONS)}")
+    torch.set_num_threads(args.threads)
+    sizes = Sizes(hidden=args.hidden, layers=args.layers, tokens=args.tokens)
+    for cost in measure(args.names or list(IMPLEMENTATIONS), sizes, args.runs):
+        print(json.dumps(asdict(cost)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
