@@ -21,6 +21,9 @@ PRESETS: dict[str, Callable[..., MixtureConfig]] = {
 
 def methods() -> dict[str, str]:
     """Preset name → one-line description with its paper."""
-    return {
-        name: (preset.__doc__ or "").strip().splitlines()[0] for name, preset in PRESETS.items()
-    }
+    return {name: _summary(preset) for name, preset in PRESETS.items()}
+
+
+def _summary(preset: Callable[..., MixtureConfig]) -> str:
+    """The first paragraph of its docstring, on one line."""
+    return " ".join((preset.__doc__ or "").strip().partition("\n\n")[0].split())

@@ -1,5 +1,4 @@
-"""delta = Σ_e gate_e · scaling_e · B_e A_e x: the specification, readable, for any dtype; itself a
-backend."""
+"""The specification: delta = Σ_e gate_e · scaling_e · B_e A_e x, readable, for any dtype."""
 
 from __future__ import annotations
 
