@@ -22,9 +22,16 @@ VOLATILE = frozenset(
         "architectures",
         "use_cache",
         "quantization_config",
+        # trainers set these from the tokenizer and from their own arguments
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "output_router_logits",
+        "router_aux_loss_coef",
     }
 )
-"""Configuration keys that differ between two loads of the same model."""
+"""Configuration keys that differ between two loads of the same model, or before and after
+training it."""
 MAX_TENSORS = 24
 SAMPLES = 64
 
