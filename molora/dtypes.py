@@ -1,5 +1,4 @@
-"""Parameters that keep their dtype when a model is cast: a float32 router must survive
-`model.bfloat16()`."""
+"""Parameters that keep their dtype: a float32 router must survive `model.bfloat16()`."""
 
 from __future__ import annotations
 

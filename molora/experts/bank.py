@@ -1,5 +1,4 @@
-"""A bank: the experts of one projection, stacked per factor so that every expert takes part in
-every step."""
+"""A bank: the experts of one projection, stacked so that each takes part in every step."""
 
 from __future__ import annotations
 
@@ -72,8 +71,7 @@ class ExpertBank(nn.Module):
         yield from (child for child in self.children() if isinstance(child, ExpertBank))
 
     def forward(self, x_TD: Tensor, routing: Routing | None) -> Tensor:
-        """(T, in) and the decision for its rows → (T, out); without a decision all experts act with
-        gate 1."""
+        """(T, in) and its rows' decision → (T, out); without one, all experts act with gate 1."""
         x_TD = x_TD.to(compute_dtype(x_TD))
         x, mix = self._dropped(x_TD)
         if routing is None:
@@ -91,8 +89,7 @@ class ExpertBank(nn.Module):
         return torch.stack(deltas).sum(dim=0) if len(deltas) > 1 else deltas[0]
 
     def rows(self, x_TD: Tensor, expert_index_TK: Tensor) -> Tensor:
-        """(T, in) → (T, K, out): the ungated update of every chosen expert (one block only, as at
-        the FFN site)."""
+        """(T, in) → (T, K, out): the ungated update of every chosen expert of the only block."""
         x_TD = nn.functional.dropout(x_TD.to(compute_dtype(x_TD)), self.dropout, self.training)
         return self.backend.lora_rows(x_TD, expert_index_TK, self.lora_A, self.lora_B, self.scaling)
 

@@ -1,5 +1,4 @@
-"""How new experts start: A random and different for every expert, B zero, so that a mixture starts
-as its base."""
+"""How experts start: A random, different for each, B zero; the mixture starts as its base."""
 
 from __future__ import annotations
 
@@ -20,8 +19,7 @@ def generator(seed: int, name: str) -> torch.Generator:
 
 
 def kaiming(shape: tuple[int, ...], source: torch.Generator) -> Tensor:
-    """Uniform in ±1/√fan_in, fan_in the last dimension: kaiming_uniform with a = √5 of each expert
-    by itself."""
+    """Uniform in ±1/√fan_in, fan_in the last dimension: kaiming_uniform, a = √5, per expert."""
     # torch's initialiser would take R·D as the fan-in of a stacked (E, R, D) tensor
     bound = 1 / math.sqrt(shape[-1])
     return torch.empty(shape).uniform_(-bound, bound, generator=source)

@@ -1,5 +1,4 @@
-"""Auxiliary loss terms: pure functions of one pooled `Routing` record → scalar float32, over rows
-that are not padding.
+"""Auxiliary loss terms: pure functions of one pooled `Routing` record → scalar float32.
 
 All are 0, finite and still in the graph when no row counts.
 """
@@ -23,8 +22,9 @@ RecordTerm = Callable[[Routing], Tensor]
 def load_balance(
     record: Routing, *, form: Literal["normalized", "slots", "switch", "unscaled"]
 ) -> Tensor:
-    """Σ_e f_e P_e, times E except in the form "unscaled"; P is the mean of the full scores, f the
-    routed fraction.
+    """Σ_e f_e P_e, times E except in the form "unscaled".
+
+    P is the mean of the full scores, f the routed fraction.
 
     Value at uniform routing: normalized 1 (MoLA, 2402.08562), slots k (MixLoRA, 2404.15159; GOAT),
     switch 1 (Switch Transformer, 2101.03961, Eq. 4), unscaled k/E (LLaVA-MoLE, 2401.16160). One
@@ -39,7 +39,7 @@ def load_balance(
         selected_TK = torch.ones_like(index_TK, dtype=torch.bool)
     else:
         index_TK, selected_TK = record.expert_index, record.selected
-    hits_TK = selected_TK * valid_T[:, None]
+    hits_TK = (selected_TK * valid_T[:, None]).to(mean_score_E.dtype)
     counts_E = torch.zeros_like(mean_score_E).scatter_add(0, index_TK.flatten(), hits_TK.flatten())
     fraction_E = counts_E / (counts_E.sum().clamp_min(1) if form == "normalized" else rows)
     product = (fraction_E * mean_score_E).sum()
@@ -47,8 +47,10 @@ def load_balance(
 
 
 def importance(record: Routing) -> Tensor:
-    """CV² of the gate mass per expert: variance / mean² (Shazeer et al., 1701.06538, Eq. 6–7); 0 at
-    uniform routing."""
+    """CV² of the gate mass per expert, variance / mean²; 0 at uniform routing.
+
+    Source: Shazeer et al., 1701.06538, Eq. 6–7.
+    """
     mass_E = (record.dense_gates().float() * record.valid_rows()[:, None]).sum(dim=0)
     return mass_E.var(unbiased=False) / (mass_E.mean() ** 2 + 1e-10)
 
@@ -89,6 +91,5 @@ def router_z(record: Routing) -> Tensor:
 
 
 def routing_entropy(record: Routing) -> Tensor:
-    """Mean entropy of a row's normalised scores in nats; log E at uniform routing, 0 when one
-    expert has all."""
+    """Mean entropy of a row's normalised scores in nats; log E at uniform routing."""
     return statistics.entropy(record)

@@ -1,5 +1,4 @@
-"""Glue between a base module, its expert bank and a routing decision; flat arguments, never a
-config."""
+"""Glue between a base module, its expert bank and a routing decision; never a config."""
 
 from molora.modules.context import ForwardContext, SideInputs
 from molora.modules.ffn import MoLoRAFeedForward, Projection

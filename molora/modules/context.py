@@ -14,8 +14,7 @@ from molora.routing.record import Routing
 
 @dataclass(frozen=True)
 class SideInputs:
-    """What modules may need besides their input: padding masks by stream, and side columns of the
-    batch."""
+    """What modules may need besides their input: padding masks and columns of the batch."""
 
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     """Stream ("input", "encoder", "decoder") → (B, S_total) bool, False for padding; absent: no
@@ -26,8 +25,7 @@ class SideInputs:
     """What kind of attention_mask was passed that cannot be read as padding; empty if it could."""
 
     def rows(self, stream: str, grid: tuple[int, ...]) -> Tensor | None:
-        """(rows,) bool: which rows of a tensor with leading shape `grid` are not padding; None:
-        all.
+        """(rows,) bool: which rows of a tensor with leading shape `grid` count; None: all.
 
         Under a KV cache the rows are the last positions of the mask.
 
@@ -78,8 +76,7 @@ class ForwardContext:
 
     @contextmanager
     def recomputing(self, side: SideInputs, decisions: dict[str, Routing]) -> Iterator[None]:
-        """Bring back the side inputs and shared decisions of an earlier forward, with the trace
-        closed."""
+        """Bring back side inputs and decisions of an earlier forward, with the trace closed."""
         previous = self.side, self.trace, self.decisions
         self.side, self.trace, self.decisions = side, None, dict(decisions)
         try:

@@ -16,8 +16,7 @@ from molora.routing.record import Routing
 
 
 class Projection:
-    """A projection of the FFN as its experts see it: the base linear, and a bank unless it is not a
-    target.
+    """A projection of the FFN: the base linear, and a bank unless it is no target.
 
     A fused projection (Phi-3's gate_up_proj) is one Projection with the outputs of both halves.
     """
@@ -27,8 +26,10 @@ class Projection:
         self.experts = experts
 
     def per_expert(self, x: Tensor, routing: Routing) -> Tensor:
-        """(..., in) → (T, K, out): W x + scaling · B_e A_e x for the chosen experts; W x is
-        computed once."""
+        """(..., in) → (T, K, out): W x + scaling · B_e A_e x for the chosen experts.
+
+        W x is computed once.
+        """
         y = self.base(x)
         y_T1F = y.reshape(-1, 1, y.shape[-1])
         if self.experts is None:
@@ -39,8 +40,7 @@ class Projection:
 
 
 class MoLoRAFeedForward:
-    """y = Σ_k gate_k FFN_{e_k}(x), where FFN_e is the base FFN with expert e's LoRA on each
-    projection.
+    """y = Σ_k gate_k FFN_{e_k}(x), FFN_e being the base FFN with expert e's LoRAs.
 
     The base down projection is linear, so Σ_k g_k W a_k = W (Σ_k g_k a_k): it runs once per token,
     not once per (token, expert). A bias enters with the sum of the gates.
@@ -79,8 +79,7 @@ class MoLoRAFeedForward:
         self.overflow_input = overflow_input
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., in) → (..., out) in the base's dtype; the base FFN alone while the mixture is
-        disabled."""
+        """(..., in) → (..., out) in the base's dtype; the base alone while disabled."""
         if not self.context.enabled:
             return self.base_forward(x, *args, **kwargs)
         routing = self.site.decide(x)

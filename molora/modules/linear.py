@@ -12,8 +12,7 @@ from molora.modules.site import RoutingSite, SharedDecision
 
 
 class MoLoRALinear:
-    """Takes over the forward of a linear module, which stays in the model under its own name and
-    class.
+    """Takes over the forward of a linear, which stays in the model under its own name.
 
     The bank and, with scope "linear", the router are children of the base module, so its parameters
     keep their names and whoever reads `module.weight` or `module.in_features` still can. Quantised
@@ -40,8 +39,7 @@ class MoLoRALinear:
         self.context = context
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) → (..., out) in the base's output dtype; the base alone while the mixture is
-        disabled."""
+        """(..., in) → (..., out) in the base's output dtype; the base alone while disabled."""
         y = self.base_forward(x)
         if not self.context.enabled:
             return y

@@ -68,8 +68,7 @@ class RoutingSite:
 
 
 class SharedDecision:
-    """One decision for all linears below a block: made when the block is called, dropped when it
-    returns.
+    """One decision for all linears below a block, made when the block is called.
 
     It lives in the forward context, from which `checkpoint_context` brings it back for a
     recomputation: the hooks of a decoder layer run outside of its checkpointed region.

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from molora.config import LoadBalance, Loss, MixtureConfig, RouterZ
+from molora.config.base import unknown_name
+from molora.errors import ConfigError
 from molora.presets.lora import Count, Targets
 
 
@@ -54,6 +56,8 @@ def mixlora(
             "overflow": "input",
         },
     }
+    if variant not in selects:
+        raise ConfigError(unknown_name("variant", str(variant), selects))
     expert: dict[str, Any] = {"kind": "lora", "alpha": alpha, "dropout": {"p": dropout}}
     switch = variant == "switch"
     group: dict[str, Any] = {

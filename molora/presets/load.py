@@ -29,8 +29,7 @@ def load_config(path: str | Path) -> RunConfig:
 
 
 def mixture_config(data: Any) -> MixtureConfig:
-    """A mixture from plain data: the fields of `MixtureConfig`, or `preset: NAME` and that preset's
-    arguments.
+    """A mixture from its fields, or from `preset: NAME` and that preset's arguments.
 
     Raises:
         ConfigError: unknown presets, arguments or keys.
@@ -39,7 +38,7 @@ def mixture_config(data: Any) -> MixtureConfig:
         return MixtureConfig.parse(data)
     arguments = dict(data)
     name = arguments.pop("preset")
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"mixture.preset: {unknown_name('preset', str(name), PRESETS)}")
     preset = PRESETS[name]
     known = [

@@ -1,5 +1,4 @@
-"""The one record that all axes of a mixture meet in: made by the router, read by banks, losses and
-reports."""
+"""The record that all axes of a mixture meet in."""
 
 from __future__ import annotations
 
@@ -37,8 +36,7 @@ class Routing:
         return self.scores.shape[-1]
 
     def dense_gates(self) -> Tensor:
-        """(rows, E): the gate of every expert, 0 where it does not act. Differentiable in the
-        gates."""
+        """(rows, E): the gate of every expert, 0 where it does not act; differentiable."""
         zeros = self.gates.new_zeros(self.gates.shape[0], self.num_experts)
         return zeros.scatter(1, self.expert_index, self.gates)
 

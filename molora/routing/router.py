@@ -12,8 +12,7 @@ from molora.dtypes import apply_keeping_dtype
 
 
 class LinearRouter(nn.Module):
-    """logits = W x / temperature + noise, in float32 whatever the input's dtype and with autocast
-    off inside.
+    """logits = W x / temperature + noise, in float32 and with autocast off inside.
 
     Args:
         weight: (E, in), trainable; its dtype survives `.bfloat16()` and engine casts.
@@ -60,8 +59,10 @@ class LinearRouter(nn.Module):
 
 
 class _Float32Linear(torch.autograd.Function):
-    """x Wᵀ in at least float32, that saves x in its own dtype: a float32 copy would double its
-    memory in bf16."""
+    """x Wᵀ in at least float32, saving x in its own dtype.
+
+    A float32 copy would double its memory in bf16.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:

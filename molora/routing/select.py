@@ -33,8 +33,9 @@ def top_k(scores_TE: Tensor, k: int, *, renormalize: bool) -> Selection:
 
 
 def top_p(scores_TE: Tensor, p: float, *, renormalize: bool) -> Selection:
-    """The fewest best experts whose scores together exceed p, the one that crosses p included; K =
-    E slots.
+    """The fewest best experts whose scores together exceed p; K = E slots.
+
+    The expert that crosses p is included.
 
     Source: MixLoRA's dynamic variant (2404.15159), which does not renormalise.
     """

@@ -1,5 +1,4 @@
-"""What a router did, as numbers: pure functions of one `Routing` record, on its device, without
-synchronisation."""
+"""What a router did, as numbers, on its device and without synchronisation."""
 
 from __future__ import annotations
 
@@ -12,8 +11,7 @@ from molora.routing.record import Routing
 
 
 def load(record: Routing) -> Tensor:
-    """(E,) float32: share of the choices that fell on each expert; sums to 1 (all zero if no row
-    counts).
+    """(E,) float32: share of the choices that fell on each expert; all zero if no row counts.
 
     Counts slots that act (selected, gate ≠ 0) of rows that are not padding.
     """
@@ -37,8 +35,10 @@ def importance(record: Routing) -> Tensor:
 def entropy(record: Routing) -> Tensor:
     """Scalar: mean entropy of a row's normalised scores, in nats; log E at uniform routing."""
     valid_T = record.valid_rows()
-    p_TE = record.scores / record.scores.sum(dim=-1, keepdim=True)
-    entropy_T = torch.special.entr(p_TE).sum(dim=-1)
+    tiny = torch.finfo(torch.float32).tiny
+    p_TE = record.scores / record.scores.sum(dim=-1, keepdim=True).clamp_min(tiny)
+    # p log p has an infinite slope at 0, where softmax underflows: 0 · inf would poison the step
+    entropy_T = torch.special.entr(p_TE.clamp_min(tiny)).sum(dim=-1)
     return (entropy_T * valid_T).sum() / valid_T.sum().clamp_min(1)
 
 
@@ -48,8 +48,7 @@ def _scatter_sum(record: Routing, values_TK: Tensor) -> Tensor:
 
 
 class LoadStatistics:
-    """Running counts of what each expert of each site served, kept on the device until they are
-    read."""
+    """Running counts of what each expert of each site served, on the device until read."""
 
     def __init__(self) -> None:
         self._counts: dict[str, Tensor] = {}

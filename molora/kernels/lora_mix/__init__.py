@@ -1,5 +1,4 @@
-"""delta_TF = Σ_k gate_k · scaling · B A x, one file per backend; `reference` is the
-specification."""
+"""delta_TF = Σ_k gate_k · scaling · B A x, one file per backend."""
 
 from molora.kernels.lora_mix import dense, reference
 

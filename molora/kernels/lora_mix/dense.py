@@ -85,7 +85,6 @@ def _grad_down(grad_TER: Tensor, *, shared: bool) -> Tensor:
 
 
 def _weights(gates_TE: Tensor | None, scaling_E: Tensor, dtype: torch.dtype) -> Tensor:
-    """gate · scaling, (T, E, 1) or (E, 1): multiplied before rounding to the low-precision
-    dtype."""
+    """gate · scaling, (T, E, 1) or (E, 1), multiplied before rounding to a lower precision."""
     weights = scaling_E if gates_TE is None else gates_TE * scaling_E
     return weights.to(dtype)[..., None]

@@ -1,5 +1,4 @@
-"""delta_TKF = scaling · B A x of every chosen expert, one file per backend; `reference` is the
-specification."""
+"""delta_TKF = scaling · B A x of every chosen expert, one file per backend."""
 
 from molora.kernels.lora_rows import dense, reference
 

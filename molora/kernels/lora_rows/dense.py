@@ -1,5 +1,4 @@
-"""One down-projection for all experts, then the chosen intermediates spread over E·R columns and
-one up-projection."""
+"""One down-projection for all experts; the chosen intermediates share one up-projection."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""delta_k = scaling_{e_k} · B_{e_k} A_{e_k} x for each slot k of a row, not summed: the
-specification."""
+"""The specification: delta_k = scaling · B A x of expert e_k for each slot k, not summed."""
 
 from __future__ import annotations
 
