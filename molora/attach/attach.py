@@ -34,7 +34,7 @@ def attach(model: nn.Module, config: MixtureConfig, *, seed: int = 0) -> Mixture
             the model is then as it was.
         ConfigError: allocations that do not fit the model's layers.
     """
-    _check_attachable(model)
+    check_attachable(model)
     plan = make_plan(model, config)
     context, surgery = ForwardContext(), Surgery()
     was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -48,8 +48,10 @@ def attach(model: nn.Module, config: MixtureConfig, *, seed: int = 0) -> Mixture
     )
     try:
         model.requires_grad_(False)
-        built = builder.build(plan.placements)
+        # before the experts, which are no parameters of a declared module that they are put on
         extras = Extras(model, config)
+        surgery.handles += extras.hooks
+        built = builder.build(plan.placements)
     except Exception:
         surgery.undo()
         for name, parameter in model.named_parameters():
@@ -86,7 +88,8 @@ def attach(model: nn.Module, config: MixtureConfig, *, seed: int = 0) -> Mixture
     )
 
 
-def _check_attachable(model: nn.Module) -> None:
+def check_attachable(model: nn.Module) -> None:
+    """Raise AttachError if the model carries adapters already or has no parameters."""
     if type(model).__module__.partition(".")[0] == "peft":
         raise AttachError(
             "the model is a PEFT model. Attach to the base model: merge_and_unload() it, or load "

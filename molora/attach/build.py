@@ -1,5 +1,4 @@
-"""From a plan to modules: banks, routers and glue are made and put on the base model; config stops
-here."""
+"""From a plan to modules on the base model; configuration stops here."""
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from molora.attach.families import (
     FeedForwardLayout,
+    block_in_features,
     feed_forward_layout,
     in_out_features,
     is_cross_attention_memory,
@@ -75,7 +75,8 @@ class Surgery:
             delattr(parent, name)
 
 
-_ABSENT = object()
+class _ABSENT:
+    """There was no such attribute. A class, because a deep copy of an object is another object."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,7 @@ class Built:
 
 
 class Builder:
-    """Builds the parts of one mixture; `surgery` records every change of the model, also if
-    building fails."""
+    """Builds the parts of one mixture; `surgery` records every change of the model."""
 
     def __init__(
         self,
@@ -205,12 +205,7 @@ class Builder:
 
     def _shared_decision(self, owner: str, placement: Placement) -> SharedDecision:
         module = self.model.get_submodule(owner)
-        first = next(
-            child
-            for child in module.modules()
-            if hasattr(child, "in_features") or hasattr(child, "nx")
-        )
-        in_features, _ = in_out_features(first)
+        in_features = block_in_features(module)
         shared = SharedDecision(
             self._site(owner, module, placement, in_features),
             in_features=in_features,
@@ -268,9 +263,9 @@ class Builder:
         in_features, _ = in_out_features(reader)
         select = first.group.select
         glue = MoLoRAFeedForward(
-            tuple(self._projection(path, name) for name in layout.inputs),
+            tuple(self._projection(path, name, members) for name in layout.inputs),
             partial(activate, module, layout),
-            self._projection(path, layout.down),
+            self._projection(path, layout.down, members),
             finish=partial(finish, module, layout),
             site=self._site(path, module, first, in_features),
             context=self.context,
@@ -279,14 +274,17 @@ class Builder:
         )
         self.surgery.set_attribute(module, "forward", glue.forward)
 
-    def _projection(self, path: str, name: str) -> Projection:
-        module = self.model.get_submodule(f"{path}.{name}")
-        return Projection(module, self.built.banks.get(f"{path}.{name}"))
+    def _projection(self, path: str, name: str, members: list[Placement]) -> Projection:
+        # a projection in another group adds its experts in its own forward
+        linear = f"{path}.{name}"
+        member = any(placement.path == linear for placement in members)
+        return Projection(
+            self.model.get_submodule(linear), self.built.banks[linear] if member else None
+        )
 
 
 def activate(module: nn.Module, layout: FeedForwardLayout, *projected_TKF: Tensor) -> Tensor:
-    """The FFN between its projections: act(gate) · up, or act(x), then the inner dropout; (T, K, F)
-    → (T, K, I)."""
+    """act(gate) · up, or act(x), then the inner dropout; (T, K, F) → (T, K, I)."""
     parts = projected_TKF[0].chunk(2, dim=-1) if layout.fused else projected_TKF
     a_TKI = getattr(module, layout.activation)(parts[0])
     if len(parts) == 2:

@@ -1,5 +1,4 @@
-"""Parameters outside the experts that are trained and saved with a mixture: whole modules, and rows
-of new tokens."""
+"""Trained and saved outside the experts: whole modules, and rows of new tokens."""
 
 from __future__ import annotations
 
@@ -29,21 +28,24 @@ class RowGradient:
 
 
 class Extras:
-    """The declared modules and token rows of one model: trainable while attached, restored when
-    detached.
+    """The declared modules and token rows of one model; restored when detached.
 
     Raises:
         AttachError: a path that is no module or has no parameters, an id outside the vocabulary.
     """
 
     def __init__(self, model: nn.Module, config: MixtureConfig) -> None:
-        self.parameters: dict[str, nn.Parameter] = dict(
-            _module_parameters(model, config.train_modules)
-        )
+        unique: dict[int, tuple[str, nn.Parameter]] = {}
+        for name, parameter in _module_parameters(model, config.train_modules):
+            # a tied parameter has several names, of which the first counts
+            unique.setdefault(id(parameter), (name, parameter))
+        self.parameters = dict(unique.values())
         self.row_ids = config.train_tokens.ids if config.train_tokens is not None else ()
         self.row_parameters: dict[str, nn.Parameter] = {}
         if self.row_ids:
-            self.row_parameters = dict(_embedding_weights(model, self.row_ids))
+            whole = {id(p) for p in self.parameters.values()}
+            rows = _embedding_weights(model, self.row_ids)
+            self.row_parameters = {name: p for name, p in rows if id(p) not in whole}
         self._originals = {
             name: parameter.detach().clone()
             for name, parameter in (*self.parameters.items(), *self.row_parameters.items())
@@ -51,7 +53,7 @@ class Extras:
         }
         for parameter in self.trainable():
             parameter.requires_grad_(True)
-        self._hooks = [
+        self.hooks = [
             p.register_hook(RowGradient(self.row_ids)) for p in self.row_parameters.values()
         ]
 
@@ -78,8 +80,6 @@ class Extras:
     @torch.no_grad()
     def restore(self) -> None:
         """Give all parameters back their values from before, bit-exact."""
-        for hook in self._hooks:
-            hook.remove()
         for name, parameter in (*self.parameters.items(), *self.row_parameters.items()):
             if name in self._originals:
                 parameter.copy_(self._originals[name])

@@ -12,6 +12,9 @@ LINEAR_TYPES = (nn.Linear, Conv1D)
 """Modules that can carry experts; quantised linears of bitsandbytes and torchao are subclasses of
 nn.Linear."""
 
+OUTPUT_NAMES = ("o_proj", "out_proj", "down_proj", "c_proj", "wo", "o", "dense")
+"""Linears that lead out of a block, in every family here; the others may read the block's input."""
+
 ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
 """Linears with which a mixture-of-experts base model routes; `all` and `ffn` leave them alone."""
 
@@ -76,8 +79,10 @@ class Layer:
 
 
 def layer_of(model: nn.Module, path: str) -> Layer | None:
-    """The layer that the module at `path` belongs to: the outermost nn.ModuleList on its path; None
-    outside."""
+    """The layer that the module at `path` belongs to: the outermost nn.ModuleList on its path.
+
+    None outside.
+    """
     parts = path.split(".")
     for i, part in enumerate(parts[:-1]):
         if part.isdigit():
@@ -89,8 +94,7 @@ def layer_of(model: nn.Module, path: str) -> Layer | None:
 
 
 def is_attention(path: str) -> bool:
-    """Whether a component of the path names an attention block, in the sense of every family
-    here."""
+    """Whether a component of the path names an attention block."""
     return any("attn" in part or "attention" in part for part in path.lower().split("."))
 
 
@@ -102,9 +106,22 @@ def in_out_features(module: nn.Module) -> tuple[int, int]:
     return int(features.in_features), int(features.out_features)
 
 
+def block_in_features(block: nn.Module) -> int:
+    """Features of the input of an attention block, an FFN block or a layer.
+
+    Those of its first linear that does not lead out of it, since some families register the
+    output projection first.
+    """
+    linears = [(n, m) for n, m in block.named_modules() if isinstance(m, LINEAR_TYPES)]
+    inner = [m for name, m in linears if name.rpartition(".")[2] not in OUTPUT_NAMES]
+    return in_out_features(inner[0] if inner else linears[0][1])[0]
+
+
 def stream_of(model: nn.Module, path: str) -> str:
-    """Whose padding mask the input of a linear follows: "input", or "encoder" or "decoder" of a
-    model that has both."""
+    """Whose padding mask the input of a linear follows.
+
+    "input", or "encoder" or "decoder" of a model that has both.
+    """
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return "input"
     parts = path.split(".")
@@ -114,8 +131,7 @@ def stream_of(model: nn.Module, path: str) -> str:
 
 
 def is_cross_attention_memory(path: str) -> bool:
-    """Whether the linear projects the encoder's output to the keys or values of a decoder's
-    cross-attention."""
+    """Whether the linear makes cross-attention's keys or values from the encoder's output."""
     *parents, name = path.split(".")
     crosses = any(part in ("EncDecAttention", "encoder_attn", "crossattention") for part in parents)
     return crosses and name in ("k", "v", "k_proj", "v_proj", "key", "value")

@@ -63,8 +63,7 @@ class Mixture:
 
     @contextmanager
     def record(self, *, detach: bool = True) -> Iterator[dict[str, Routing | list[Routing]]]:
-        """Collect the routing of every forward inside: site → `Routing`, a list if a site ran
-        several times.
+        """Collect the routing of every forward inside: site → `Routing`, or a list of several.
 
         Records appear when a forward of the model ends. They are detached unless `detach` is False;
         nothing is kept outside of the yielded dict.
@@ -83,8 +82,7 @@ class Mixture:
 
     @contextmanager
     def statistics(self) -> Iterator[LoadStatistics]:
-        """Accumulate the load of every expert over the forwards inside, on the device, without
-        synchronisation."""
+        """Accumulate the load of every expert over the forwards inside, on the device."""
         statistics = LoadStatistics()
         with self._observed_by(statistics.update):
             yield statistics
@@ -108,8 +106,10 @@ class Mixture:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model is its base, bit for bit (trainable extra modules keep their values).
-        Nests."""
+        """Inside, the model is its base, bit for bit; nests.
+
+        Trainable extra modules keep their values.
+        """
         previous, self._context.enabled = self._context.enabled, False
         try:
             yield
@@ -118,8 +118,7 @@ class Mixture:
 
     @contextmanager
     def deferred_aux(self) -> Iterator[DeferredAux]:
-        """Inside, auxiliary losses are collected for the caller in place of being added to the
-        output's loss."""
+        """Inside, auxiliary losses go to the caller in place of the output's loss."""
         previous, self._hooks.deferred = self._hooks.deferred, DeferredAux()
         try:
             yield self._hooks.deferred
@@ -137,8 +136,7 @@ class Mixture:
     # ------------------------------------------------------------------ parameters
 
     def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters that get gradients: "experts", "router", and "other" if extra modules are
-        declared."""
+        """Parameters that get gradients: "experts", "router", "other" if extras are declared."""
         parameters = {
             "experts": [
                 p
@@ -163,15 +161,17 @@ class Mixture:
         router_learning_rate: float | None = None,
         weight_decay: float = 0.0,
     ) -> list[dict[str, Any]]:
-        """Groups for an optimiser; routers have a learning rate of their own and, like token rows,
-        no weight decay."""
+        """Groups for an optimiser.
+
+        Routers have a learning rate of their own and, like token rows, no weight decay.
+        """
         roles = self.trainable_parameters()
         rows = {id(p) for p in self.extras.row_parameters.values()}
         groups = [
             {"params": roles["experts"], "lr": learning_rate, "weight_decay": weight_decay},
             {
                 "params": roles["router"],
-                "lr": router_learning_rate or learning_rate,
+                "lr": learning_rate if router_learning_rate is None else router_learning_rate,
                 "weight_decay": 0.0,
             },
             {
@@ -208,15 +208,15 @@ class Mixture:
         counts = {
             role: sum(p.numel() for p in ps) for role, ps in self.trainable_parameters().items()
         }
-        for parameter in self.extras.row_parameters.values():
+        rows = [p for p in self.extras.row_parameters.values() if p.requires_grad]
+        for parameter in rows:
             counts["other"] -= parameter.numel() - len(self.extras.row_ids) * parameter.shape[1]
         return counts
 
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Experts and routers under their paths, and declared extra modules under their own names;
-        no copies."""
+        """Experts and routers under their paths, extras under their own names; no copies."""
         state: dict[str, Tensor] = {}
         for path, bank in self.built.banks.items():
             state |= {f"{path}.experts.{name}": p.detach() for name, p in bank.named_parameters()}
