@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -88,14 +89,41 @@ class RowEncoder:
             raise DataError(f"{row.where}: a row has messages, prompt with completion, or text.")
         return self._chat(row.messages, row.where)
 
-    def _chat(self, messages: list[dict[str, Any]], where: str) -> list[Encoded]:
+    @property
+    def stop_id(self) -> int:
+        """The token that ends every answer: the template's end of turn, or else eos."""
+        template = self._template
+        return self._tokenizer.eos_token_id if template is None else template.stop_id
+
+    def prompt(self, asked: str | Sequence[Mapping[str, Any]], where: str = "prompt") -> list[int]:
+        """The tokens after which the model writes, exactly those before an answer in training.
+
+        Args:
+            asked: a prompt, or the messages up to the turn that is to be written.
+            where: what an error calls it.
+
+        Raises:
+            DataError: messages without a chat template, or ones that the template refuses.
+        """
+        if isinstance(asked, str) and self._template is None:
+            ids, _ = _tokens(asked, [], self._tokenizer, where)
+            return [*self._beginning(ids), *ids]
+        messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        rendered = self._chat_template(where).prompt([dict(m) for m in messages], where)
+        cuts = [position for answer in rendered.answers for position in answer]
+        return _tokens(rendered.text, cuts, self._tokenizer, where)[0]
+
+    def _chat_template(self, where: str) -> ChatTemplate:
         if self._template is None:
             raise DataError(
                 f"{where}: `messages` need a chat template, which this tokenizer lacks or "
                 "chat_template: none turned off. Use prompt and completion, or another tokenizer."
             )
-        rendered = self._template.render(messages, where)
-        return [self._answers(part, self._template, where) for part in rendered]
+        return self._template
+
+    def _chat(self, messages: list[dict[str, Any]], where: str) -> list[Encoded]:
+        template = self._chat_template(where)
+        return [self._answers(part, template, where) for part in template.render(messages, where)]
 
     def _answers(self, part: Rendered, template: ChatTemplate, where: str) -> Encoded:
         cuts = [position for answer in part.answers for position in answer]
@@ -116,11 +144,16 @@ class RowEncoder:
         labels = [IGNORED] * start + ids[start:]
         if ids[-1] != tokenizer.eos_token_id:
             ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
-        bos = tokenizer.bos_token_id
-        # asked of the tokenizer: GPT-2's has a bos token, and puts none in front of a text
-        if bos is not None and tokenizer("")["input_ids"][:1] == [bos] and ids[0] != bos:
-            ids, labels = [bos, *ids], [IGNORED, *labels]
+        beginning = self._beginning(ids)
+        ids, labels = [*beginning, *ids], [IGNORED] * len(beginning) + labels
         return self._cut(ids, labels, where)
+
+    def _beginning(self, ids: list[int]) -> list[int]:
+        """The bos token, where the tokenizer puts one and the text does not have it yet."""
+        bos = self._tokenizer.bos_token_id
+        # asked of the tokenizer: GPT-2's has a bos token, and puts none in front of a text
+        puts_one = bos is not None and self._tokenizer("")["input_ids"][:1] == [bos]
+        return [bos] if puts_one and ids[:1] != [bos] else []
 
     def _cut(self, ids: list[int], labels: list[int], where: str) -> Encoded:
         if all(label == IGNORED for label in labels):

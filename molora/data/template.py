@@ -50,6 +50,20 @@ class ChatTemplate:
             return [Rendered(full, tuple(part.answers[0] for part in parts))]
         return parts
 
+    def prompt(self, messages: list[dict[str, Any]], where: str) -> Rendered:
+        """The text after which the model writes the next turn, as `render` has it before an answer.
+
+        Earlier answers are marked where the template writes every turn alike.
+
+        Raises:
+            DataError: when the template refuses the conversation.
+        """
+        text = self._text(messages, where, prompt=True)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        parts = [self._turn(messages[: i + 1], where) for i in turns]
+        alike = all(text.startswith(part.text[: part.answers[0][1]]) for part in parts)
+        return Rendered(text, tuple(part.answers[0] for part in parts) if alike else ())
+
     def _turn(self, messages: list[dict[str, Any]], where: str) -> Rendered:
         """The conversation up to an answer, that answer being the only one marked."""
         before = self._text(messages[:-1], where, prompt=True)

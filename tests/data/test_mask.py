@@ -79,6 +79,48 @@ def test_an_answer_follows_exactly_the_prompt_of_inference(family):
         assert example.input_ids[:start] == retokenised(text, tokenizer)
 
 
+def test_prompt_of_generation_is_what_stands_before_each_answer_in_training(family):
+    encoder = RowEncoder(family.tokenizer)
+    # the second answer begins with line breaks that a tokeniser would join with the prompt's own
+    messages = turns("What is the capital of France?", "Paris.", "And of Peru?", "\n\nLima.")
+
+    (example,) = encoder(row(messages=messages))
+
+    starts = [
+        i
+        for i in range(1, len(example.labels))
+        if example.labels[i] != IGNORED and example.labels[i - 1] == IGNORED
+    ]
+    assert encoder.prompt("What is the capital of France?") == example.input_ids[: starts[0]]
+    assert encoder.prompt(messages[:3]) == example.input_ids[: starts[1]]
+    assert example.labels[-1] == encoder.stop_id or encoder.stop_id in example.labels
+    assert encoder.prompt("What is the capital of Peru?") != example.input_ids[: starts[0]]
+
+
+def test_prompt_keeps_apart_what_training_keeps_apart(smollm2_tokenizer):
+    encoder = RowEncoder(smollm2_tokenizer)
+    messages = turns("Hi", "\n\n\nHello", "Bye", "See you")
+
+    (example,) = encoder(row(messages=messages))
+
+    prompt = encoder.prompt(messages[:3])
+    assert example.input_ids[: len(prompt)] == prompt
+    # the premise: rendered and tokenised as a whole, the first answer begins with another token
+    text = smollm2_tokenizer.decode(prompt)
+    assert retokenised(text, smollm2_tokenizer) != prompt
+
+
+@pytest.mark.parametrize("prompt", ["Two and two? ", "a</s>"])
+def test_prompt_without_a_template_is_the_text_as_it_stands(plain_tokenizer, prompt):
+    encoder = RowEncoder(plain_tokenizer)
+    (example,) = encoder(row(prompt=prompt, completion="Four."))
+    start = next(i for i, label in enumerate(example.labels) if label != IGNORED)
+    assert encoder.prompt(prompt) == example.input_ids[:start]
+    assert encoder.stop_id == plain_tokenizer.eos_token_id
+    with pytest.raises(DataError, match="need a chat template"):
+        encoder.prompt(turns(prompt))
+
+
 def test_prompt_and_completion_are_a_user_turn_and_an_assistant_turn(family):
     encoder = RowEncoder(family.tokenizer)
     pair = encoder(row(prompt="Two and two?", completion="Four."))
@@ -108,6 +150,8 @@ def test_thinking_that_a_template_strips_gives_one_example_per_answer(qwen3_toke
 
     assert supervised(first, qwen3_tokenizer) == ["<think>\nhm\n</think>\n\none<|im_end|>"]
     assert supervised(second, qwen3_tokenizer) == ["<think>\n\n</think>\n\ntwo<|im_end|>"]
+    prompt = RowEncoder(qwen3_tokenizer).prompt(messages[:3])
+    assert second.input_ids[: len(prompt)] == prompt
     before, _, _ = qwen3_tokenizer.decode(second.input_ids).partition("two")
     assert "hm" not in before
     assert "one<|im_end|>" in before
