@@ -14,7 +14,9 @@ from molora.errors import ConfigError
 class Frozen(BaseModel):
     """An immutable value whose unknown keys are errors that name the nearest known key."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod

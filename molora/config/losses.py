@@ -1,11 +1,13 @@
-"""Auxiliary losses: a term (what), and its scope, reduction, mask and coefficient (how it
-enters)."""
+"""Auxiliary losses.
+
+A term (what), and its scope, reduction, mask and coefficient (how it enters).
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from molora.config.base import Frozen
 
@@ -26,8 +28,7 @@ class LoadBalance(Frozen):
 
 
 class Importance(Frozen):
-    """Squared coefficient of variation of the summed gates (1701.06538, Eq. 6); 0 at uniform
-    routing."""
+    """CV² of the summed gates (1701.06538, Eq. 6); 0 at uniform routing."""
 
     kind: Literal["importance"] = "importance"
 
@@ -47,8 +48,10 @@ class RouterZ(Frozen):
 
 
 class RoutingEntropy(Frozen):
-    """Mean entropy of a token's scores in nats; log E at uniform routing. A positive coefficient
-    sharpens."""
+    """Mean entropy of a token's scores in nats; log E at uniform routing.
+
+    A positive coefficient sharpens.
+    """
 
     kind: Literal["routing_entropy"] = "routing_entropy"
 
@@ -72,3 +75,12 @@ class Loss(Frozen):
     """How the terms of the pools are combined."""
     mask: Literal["valid", "all"] = "valid"
     """Count only tokens that are not padding, or all, as some authors' code does."""
+
+    @model_validator(mode="after")
+    def _localized_balance_is_per_site(self) -> Self:
+        if isinstance(self.term, LocalizedBalance) and self.scope != "site":
+            raise ValueError(
+                f"scope={self.scope!r} pools sites, but the localized balance loss needs the rows "
+                "of one site in their sequences. Use scope='site'."
+            )
+        return self

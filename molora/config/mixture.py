@@ -1,5 +1,7 @@
-"""A mixture as data: groups of projections, each with its experts and routing, and the auxiliary
-losses."""
+"""A mixture as data.
+
+Groups of projections, each with its experts and routing, and the auxiliary losses.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,10 @@ from pydantic import BeforeValidator, Field, model_validator
 from molora.config.allocation import Allocation, PerLayer, Shape, Uniform, resolve, smallest
 from molora.config.base import Frozen
 from molora.config.experts import ExpertForm, LoRA
-from molora.config.losses import LocalizedBalance, Loss
+from molora.config.losses import LoadBalance, LocalizedBalance, Loss
 from molora.config.routing import (
     Capacity,
+    Dense,
     LinearRouter,
     Score,
     Select,
@@ -32,8 +35,10 @@ class LinearSite(Frozen):
 
 
 class FFNSite(Frozen):
-    """An expert is the whole FFN with its own LoRA on each projection, mixed after the
-    non-linearity (MixLoRA)."""
+    """An expert is the whole FFN, mixed after the non-linearity (MixLoRA, 2404.15159).
+
+    It has its own LoRA on each projection.
+    """
 
     kind: Literal["ffn"] = "ffn"
 
@@ -111,7 +116,7 @@ class Group(Frozen):
     @model_validator(mode="after")
     def _one_alpha_per_expert(self) -> Self:
         alpha = self.expert.alpha
-        if isinstance(alpha, tuple) and self.num_experts != Uniform(value=len(alpha)):
+        if isinstance(alpha, tuple) and set(_counts(self.num_experts)) != {len(alpha)}:
             raise ValueError(
                 f"expert.alpha has {len(alpha)} values, one per expert, so num_experts must be "
                 f"{len(alpha)} "
@@ -125,11 +130,13 @@ class Group(Frozen):
             return False
         if isinstance(self.select, UnitTop1):
             return True
-        return (
-            isinstance(self.select, (TopK, Capacity))
-            and self.select.renormalize
-            and smallest(self.select.k) == 1
-        )
+        select = self.select
+        if not isinstance(select, (TopK, Capacity)) or not select.renormalize:
+            return False
+        if isinstance(self.num_experts, PerLayer) and isinstance(select.k, PerLayer):
+            pairs = zip(select.k.values, self.num_experts.values, strict=False)
+            return any(top_k == 1 < num_experts for top_k, num_experts in pairs)
+        return smallest(select.k) == 1
 
 
 class TokenRows(Frozen):
@@ -167,6 +174,22 @@ class MixtureConfig(Frozen):
                     "task loss and there "
                     "is no auxiliary loss, so it would never learn. Use renormalize=False, k ≥ 2, "
                     "or add a loss."
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _load_balance_can_act(self) -> Self:
+        routed = [group for group in self.groups if group.routed]
+        constant = routed and all(
+            isinstance(group.select, Dense) and isinstance(group.score, Softmax) for group in routed
+        )
+        for i, loss in enumerate(self.losses):
+            # every expert is chosen by every token: f is constant, and so is Σ f P of a softmax
+            if constant and isinstance(loss.term, LoadBalance) and loss.term.form != "switch":
+                raise ValueError(
+                    f"losses.{i}.term: with select.kind='dense' the {loss.term.form} load balance "
+                    "is a constant without gradient. Use form='switch', kind='importance', or no "
+                    "loss."
                 )
         return self
 

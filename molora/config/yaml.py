@@ -1,5 +1,4 @@
-"""YAML as people mean it: `1e-4` is a float, `no` and `on` are words, duplicate keys are errors, no
-tags that run code."""
+"""YAML as people mean it: `1e-4` is a float, `no` a word, duplicate keys are errors."""
 
 from __future__ import annotations
 
@@ -15,36 +14,47 @@ MAX_BYTES = 1_000_000
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's floats and booleans."""
+    """SafeLoader with YAML 1.2's numbers and booleans, and without tags and aliases."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            # aliases of aliases expand exponentially, and no configuration needs them
-            raise yaml.constructor.ConstructorError(
-                None, None, "aliases (*name) are not supported", self.peek_event().start_mark
-            )
+        event = self.peek_event()
+        # aliases of aliases expand exponentially, tags make objects, and no configuration needs
+        # them
+        if isinstance(event, yaml.events.AliasEvent):
+            raise _unsupported("aliases (*name) are not supported", event)
+        if getattr(event, "tag", None) is not None:
+            raise _unsupported("tags (!name) are not supported", event)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _unsupported("a key must be a word, not a list or a mapping", key_node)
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} stands twice", key_node.start_mark
-                )
+                raise _unsupported(f"key {key!r} stands twice", key_node)
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+
+def _unsupported(problem: str, where: Any) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, problem, where.start_mark)
 
 
 _Loader.yaml_implicit_resolvers = {
     first: [
         (tag, pattern)
         for tag, pattern in resolvers
-        if not tag.endswith((":float", ":bool", ":timestamp"))
+        if not tag.endswith((":int", ":float", ":bool", ":timestamp"))
     ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(  # not 010, which YAML 1.1 reads as 8, nor 1:30, which it reads as 90
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(0|[1-9]\d*)$|^0x[0-9a-fA-F]+$"),
+    list("-+0123456789"),
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(

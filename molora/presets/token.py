@@ -77,7 +77,10 @@ def loramoe(
     if losses is None:
         losses = (
             Loss(
-                term=LocalizedBalance(delta=delta), coefficient=0.1, scope="site", reduction="sum"
+                term=LocalizedBalance.parse({"delta": delta}),
+                coefficient=0.1,
+                scope="site",
+                reduction="sum",
             ),
         )
     return MixtureConfig.parse(
