@@ -20,86 +20,137 @@ VOLATILE = frozenset(
         "torch_dtype",
         "dtype",
         "architectures",
-        "use_cache",
         "quantization_config",
+        # what a caller wants to get back
+        "use_cache",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
         # trainers set these from the tokenizer and from their own arguments
         "bos_token_id",
         "eos_token_id",
         "pad_token_id",
-        "output_router_logits",
         "router_aux_loss_coef",
+        # a classifier's forward sets it from its labels
+        "problem_type",
+        # names of classes; their number shows in the head's shape
+        "id2label",
+        "label2id",
     }
 )
-"""Configuration keys that differ between two loads of the same model, or before and after
-training it."""
+"""Keys, at any depth, that differ between loads of one model, or before and after training it."""
 MAX_TENSORS = 24
 SAMPLES = 64
+ROUNDINGS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+"""A base is loaded in float32, bfloat16 or float16: two of them agree when rounded to one."""
 
 
 def fingerprint(model: nn.Module, *, exclude: Iterable[str] = ()) -> BaseFingerprint:
     """Hash the base below a mixture; parameters named in `exclude`, the trained ones, are left out.
 
-    Values are rounded to bfloat16, so that loading in another dtype or quantising the linears gives
+    Values are rounded before they are hashed, so that the same weights loaded in another dtype give
     the same hash.
     """
-    config = getattr(model, "config", None)
-    settings: dict[str, Any] = (
-        config.to_dict() if config is not None else {"class": type(model).__name__}
-    )
-    stable = {key: value for key, value in settings.items() if key not in VOLATILE}
-    text = json.dumps(stable, sort_keys=True, default=str)
-    return BaseFingerprint(
-        name=str(getattr(config, "_name_or_path", "") or type(model).__name__),
-        config_sha256=hashlib.sha256(text.encode()).hexdigest(),
-        weights_sha256={
-            name: _sample_hash(tensor) for name, tensor in _sampled(model, frozenset(exclude))
-        },
-    )
-
-
-def check_same_base(
-    model: nn.Module, expected: BaseFingerprint, *, exclude: Iterable[str] = ()
-) -> None:
-    """Raise CheckpointError unless `model` is the base that was fingerprinted, as far as the
-    samples tell."""
-    found = fingerprint(model, exclude=exclude)
-    if found.config_sha256 != expected.config_sha256:
-        raise CheckpointError(
-            f"the mixture was trained on {expected.name!r}; this model's configuration "
-            f"({found.name!r}) is another. "
-            "Load the base model that the mixture was trained on."
-        )
-    common = [name for name in expected.weights_sha256 if name in found.weights_sha256]
-    if expected.weights_sha256 and not common:
-        raise CheckpointError(
-            f"this model shares no parameter with the base {expected.name!r} of the mixture."
-        )
-    for name in common:
-        if found.weights_sha256[name] != expected.weights_sha256[name]:
-            raise CheckpointError(
-                f"the mixture was trained on {expected.name!r}, whose {name} has other values than "
-                "this model's "
-                f"({found.name!r}). Load the base model that the mixture was trained on."
-            )
-
-
-def _sampled(model: nn.Module, exclude: frozenset[str]) -> list[tuple[str, Tensor]]:
-    """Up to MAX_TENSORS float parameters of the base, evenly spread over their sorted names."""
+    left_out = frozenset(exclude)
     named = sorted(
         (name, parameter)
         for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and not parameter.is_meta and name not in exclude
+        if _is_comparable(parameter) and name not in left_out
     )
     step = max(1, -(-len(named) // MAX_TENSORS))
-    return [(name, parameter.detach()) for name, parameter in named[::step]]
+    return BaseFingerprint(
+        name=_name(model),
+        config_sha256=_settings(model),
+        weights_sha256={name: _sample_hashes(parameter) for name, parameter in named[::step]},
+    )
 
 
-def _sample_hash(tensor: Tensor) -> str:
-    flat = tensor.reshape(-1)
+def check_same_base(model: nn.Module, expected: BaseFingerprint) -> None:
+    """Raise CheckpointError unless `model` is, as far as samples tell, the fingerprinted base.
+
+    Only settings that both configurations have are compared, since versions of transformers add
+    some; of the weights, those that were not quantised or partitioned since.
+    """
+    remedy = "Load the base model that the mixture was trained on."
+    settings = _settings(model)
+    other = [
+        key for key, digest in expected.config_sha256.items() if settings.get(key, digest) != digest
+    ]
+    if other:
+        raise CheckpointError(
+            f"the mixture was trained on {expected.name!r}; this model ({_name(model)!r}) has "
+            f"another {', '.join(other[:5])}. {remedy}"
+        )
+    parameters = dict(model.named_parameters())
+    compared = 0
+    for name, hashes in expected.weights_sha256.items():
+        if name not in parameters:
+            raise CheckpointError(
+                f"the mixture was trained on {expected.name!r}, which has a parameter {name!r} "
+                f"that this model ({_name(model)!r}) lacks. {remedy}"
+            )
+        if not _is_comparable(parameters[name]):
+            continue
+        compared += 1
+        if not hashes.items() & _sample_hashes(parameters[name]).items():
+            raise CheckpointError(
+                f"the mixture was trained on {expected.name!r}, whose {name} has other values than "
+                f"this model's ({_name(model)!r}). {remedy}"
+            )
+    if expected.weights_sha256 and not compared and not _is_meta(model):
+        raise CheckpointError(
+            f"no weight of this model ({_name(model)!r}) can be compared with the base "
+            f"{expected.name!r} of the mixture: all are quantised or partitioned. {remedy}"
+        )
+
+
+def _name(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
+
+
+def _settings(model: nn.Module) -> dict[str, str]:
+    """Setting → hash of its value."""
+    config = getattr(model, "config", None)
+    settings = {"class": type(model).__name__} if config is None else _stable(config.to_dict())
+    return {
+        key: _digest(json.dumps(value, sort_keys=True, default=str).encode())
+        for key, value in settings.items()
+    }
+
+
+def _stable(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {str(key): _stable(item) for key, item in value.items() if key not in VOLATILE}
+
+
+def _is_comparable(parameter: Tensor) -> bool:
+    """Whether its values are there as they are: not on meta, partitioned, or quantised."""
+    return (
+        type(parameter) in (nn.Parameter, Tensor)
+        and parameter.is_floating_point()
+        and parameter.numel() > 0
+        and not parameter.is_meta
+    )
+
+
+def _is_meta(model: nn.Module) -> bool:
+    return all(parameter.is_meta for parameter in model.parameters())
+
+
+def _sample_hashes(tensor: Tensor) -> dict[str, str]:
+    """Rounding → hash of up to SAMPLES values, evenly spread."""
+    flat = tensor.detach().reshape(-1)
     index = torch.linspace(
         0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64
     ).long()
-    values = (
-        flat[index.to(flat.device)].to("cpu", torch.float32).to(torch.bfloat16).view(torch.int16)
-    )
-    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:32]
+    values = flat[index.to(flat.device)].to("cpu", torch.float32)
+    return {
+        name: _digest(values.to(dtype).view(torch.int16).numpy().tobytes())
+        for name, dtype in ROUNDINGS.items()
+    }
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]

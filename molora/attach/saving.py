@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from molora import io
-from molora.attach.attach import attach
+from molora.attach.attach import attach, check_attachable
 from molora.attach.fingerprint import check_same_base, fingerprint
 from molora.attach.mixture import check_names_and_shapes
+from molora.attach.plan import make_plan
+from molora.errors import CheckpointError
 from molora.version import VERSION
 
 if TYPE_CHECKING:
@@ -39,20 +42,50 @@ def load(model: nn.Module, directory: str | Path) -> Mixture:
     """
     directory = Path(directory)
     manifest = io.read_manifest(directory)
+    check_attachable(model)
+    check_same_base(model, manifest.base)
+    _check_size(model, manifest)
     tensors = io.read_tensors(directory, manifest)
     mixture = attach(model, manifest.mixture)
     try:
-        check_same_base(model, manifest.base, exclude=_not_base(mixture))
-        check_names_and_shapes(
-            {name: tuple(tensor.shape) for name, tensor in mixture.state_dict().items()},
-            {name: info.shape for name, info in manifest.tensors.items()},
-            where=f"mixture in {directory}",
-        )
+        _check_fits(mixture, manifest, where=f"mixture in {directory}")
         mixture.load_state_dict(tensors)
-    except Exception:
+    except BaseException:
         mixture.detach()
         raise
     return mixture
+
+
+def _check_size(model: nn.Module, manifest: io.Manifest) -> None:
+    """Refuse a configuration of more experts than there are tensors for, before attaching makes
+    them."""
+    needed = sum(
+        placement.num_experts * placement.rank * placement.out_features
+        for placement in make_plan(model, manifest.mixture).placements
+    )
+    stored = sum(math.prod(info.shape) for info in manifest.tensors.values())
+    if needed > stored:
+        raise CheckpointError(
+            f"the configuration describes experts of at least {needed} parameters, but only "
+            f"{stored} are stored. The file is damaged."
+        )
+
+
+def _check_fits(mixture: Mixture, manifest: io.Manifest, *, where: str) -> None:
+    own = mixture.state_dict()
+    check_names_and_shapes(
+        {name: tuple(tensor.shape) for name, tensor in own.items()},
+        {name: info.shape for name, info in manifest.tensors.items()},
+        where=where,
+    )
+    # extra modules belong to the base, whose dtype may be another than it was
+    for name in own.keys() - mixture.extras.state().keys():
+        dtype = str(own[name].dtype).removeprefix("torch.")
+        if manifest.tensors[name].dtype != dtype:
+            raise CheckpointError(
+                f"the {where} does not fit: {name} is {manifest.tensors[name].dtype}, its "
+                f"configuration says {dtype}. Nothing was loaded."
+            )
 
 
 def _not_base(mixture: Mixture) -> list[str]:

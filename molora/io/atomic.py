@@ -1,77 +1,59 @@
-"""Directories that are complete or not there."""
+"""Files that are there completely or not at all, wherever the process is killed.
+
+Two files cannot be renamed at once. So of the two that make a saved mixture, the large one has a
+name made from its content, and the small one, which names it, is replaced last and by one rename:
+before it the directory holds the old mixture, after it the new one. What a killed process leaves,
+an unfinished file or a large one that nobody names, is deleted by the next save.
+"""
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import secrets
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-from molora.errors import CheckpointError
+PARTIAL = re.compile(r"\.molora\.[0-9a-f]+\.partial")
+"""Names of unfinished files."""
+STALE_SECONDS = 3600.0
+"""An unfinished file that was not written to for so long belongs to a process that is gone; younger
+ones are left alone, since ranks of one job may save the same mixture at once."""
 
 
-@contextmanager
-def atomic_directory(target: Path, *, ours: frozenset[str]) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its place when the block ends without an
-    error.
-
-    Files are flushed to disk before the renames. A directory that is there already is replaced only
-    if it holds nothing but the files named in `ours`; it is put back if the replacement fails.
+def put(directory: Path, write: Callable[[Path], object], name: Callable[[Path], str]) -> Path:
+    """Write a file under a temporary name, flush it to disk, rename it to `name(file)`.
 
     Raises:
-        CheckpointError: `target` is a file, a link or a directory with other files in it.
+        OSError: from writing; nothing is left behind.
     """
-    check_replaceable(target, ours=ours)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(
-        tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-    )
+    partial = directory / f".molora.{secrets.token_hex(8)}.partial"
     try:
-        os.chmod(temporary, 0o755)
-        yield temporary
-        for path in temporary.iterdir():
-            _flush(path)
-        _flush(temporary)
-        _swap(temporary, target)
-        _flush(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_replaceable(target: Path, *, ours: frozenset[str]) -> None:
-    """Raise CheckpointError unless `target` is absent or holds only files named in `ours`."""
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise CheckpointError(f"{target} is not a directory. Choose another place to save to.")
-    others = (
-        sorted(path.name for path in target.iterdir() if path.name not in ours)
-        if target.exists()
-        else []
-    )
-    if others:
-        raise CheckpointError(
-            f"{target} holds other files ({', '.join(others[:3])}), which saving would delete. "
-            "Choose a new directory."
-        )
-
-
-def _swap(temporary: Path, target: Path) -> None:
-    if not target.exists():
-        temporary.rename(target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    target.rename(aside / target.name)
-    try:
-        temporary.rename(target)
-    except OSError:
-        (aside / target.name).rename(target)
+        write(partial)
+        flush(partial)
+        final = directory / name(partial)
+        os.replace(partial, final)
+    except BaseException:
+        partial.unlink(missing_ok=True)
         raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    # the rename itself is on the disk only after this
+    flush(directory)
+    return final
 
 
-def _flush(path: Path) -> None:
+def is_partial(path: Path) -> bool:
+    """Whether it is an unfinished file."""
+    return PARTIAL.fullmatch(path.name) is not None
+
+
+def is_stale(path: Path) -> bool:
+    """Whether it is an unfinished file that nobody writes any more."""
+    return is_partial(path) and time.time() - path.stat().st_mtime > STALE_SECONDS
+
+
+def flush(path: Path) -> None:
+    """fsync a file or directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,71 +1,27 @@
-"""molora's file format: `molora.safetensors` and `molora.json`, strict both ways; knows no
-model."""
+"""molora's file format, a safetensors file and `molora.json`: strict both ways; knows no model."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
-import struct
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from molora.config import MixtureConfig
-from molora.config.base import Frozen
-from molora.errors import CheckpointError, ConfigError
-from molora.io.atomic import atomic_directory
+from molora.errors import CheckpointError
+from molora.io import atomic
+from molora.io import manifest as manifests
+from molora.io.header import ITEM_SIZES, TensorInfo, header_bytes, read_header
+from molora.io.manifest import FORMAT_VERSION, BaseFingerprint, Manifest, tensors_file
 
-TENSORS = "molora.safetensors"
 MANIFEST = "molora.json"
-FILES = frozenset({TENSORS, MANIFEST})
-FORMAT_VERSION = 1
-MAX_HEADER = 100_000_000
-"""Bytes; the header of a safetensors file is read before anything else, so its claim is not
-trusted."""
-DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""Types that a tensor of a mixture may have, as safetensors and torch name them."""
-
-
-class BaseFingerprint(Frozen):
-    """What identifies the base model."""
-
-    name: str
-    """Name or path that it was loaded from; for people, not compared."""
-    config_sha256: str
-    """Hash of its configuration, without names, versions and dtypes."""
-    weights_sha256: dict[str, str]
-    """Parameter → hash of a sample of its values, rounded to bfloat16."""
-
-
-class TensorInfo(Frozen):
-    """Shape and dtype of one stored tensor."""
-
-    shape: tuple[int, ...]
-    """Sizes."""
-    dtype: str
-    """torch's name."""
-
-
-class Manifest(Frozen):
-    """The JSON file."""
-
-    format_version: int = Field(ge=1)
-    """Version of this format."""
-    molora_version: str
-    """Version that wrote the file."""
-    mixture: MixtureConfig
-    """The configuration."""
-    base: BaseFingerprint
-    """The base model that the mixture was trained on."""
-    tensors: dict[str, TensorInfo]
-    """Every tensor of the file."""
-    sha256: str
-    """Hash of the tensor file."""
+TENSORS = re.compile(r"molora-([0-9a-f]{16})\.safetensors")
+"""Names of tensor files; the manifest says which one counts."""
 
 
 def write(
@@ -78,25 +34,26 @@ def write(
 ) -> None:
     """Write both files, complete or not at all; a mixture saved there before is replaced.
 
+    One process saves to a directory at a time, or several the same mixture.
+
     Raises:
-        CheckpointError: a tensor with NaN or infinity, or a directory that holds other files.
+        CheckpointError: a tensor that is empty or holds NaN or infinity, a directory that holds
+            other files, a disk that fails. A mixture that was there before is then still there.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    for name, tensor in tensors.items():
-        check_finite(name, tensor)
-    with atomic_directory(directory, ours=FILES) as temporary:
-        save_file(tensors, temporary / TENSORS)
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            molora_version=molora_version,
-            mixture=mixture,
-            base=base,
-            tensors={name: _info(tensor) for name, tensor in tensors.items()},
-            sha256=sha256(temporary / TENSORS),
-        )
-        (temporary / MANIFEST).write_text(
-            manifest.model_dump_json(indent=2) + "\n", encoding="utf-8"
-        )
+    tensors = _storable(state)
+    check_replaceable(directory)
+    is_new = not directory.exists()
+    try:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            _write(directory, tensors, mixture=mixture, base=base, molora_version=molora_version)
+        finally:
+            _tidy(directory, also_itself=is_new)
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory} could not be written: {error}. No half-written mixture is left there. "
+            "Make room, or choose another directory, and save again."
+        ) from error
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -105,21 +62,7 @@ def read_manifest(directory: Path) -> Manifest:
     Raises:
         CheckpointError: a missing or damaged file, or a newer format.
     """
-    path = _contained(directory, MANIFEST)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}.") from None
-    version = data.get("format_version") if isinstance(data, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {version}; this molora reads up to {FORMAT_VERSION}. "
-            "Upgrade molora."
-        )
-    try:
-        return Manifest.parse(data)
-    except ConfigError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
+    return manifests.read_manifest(_contained(directory, MANIFEST))
 
 
 def read_tensors(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
@@ -129,7 +72,111 @@ def read_tensors(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
         CheckpointError: anything that differs from the manifest, NaN or infinity; each names the
             file or tensor.
     """
-    path = _contained(directory, TENSORS)
+    path = _contained(directory, manifest.tensors_file)
+    try:
+        _check_header(path, manifest)
+        if _sha256(path) != manifest.sha256:
+            raise CheckpointError(
+                f"{path} does not have the SHA-256 that {MANIFEST} gives. The file was changed or "
+                "damaged. Take an undamaged copy."
+            )
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in manifest.tensors}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from None
+    for name, tensor in tensors.items():
+        _check_finite(name, tensor)
+    return tensors
+
+
+def check_replaceable(directory: Path) -> None:
+    """Raise CheckpointError unless `directory` is absent or holds only what `write` makes."""
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory. Choose another place to save to.")
+    others = sorted(path.name for path in directory.iterdir() if not _is_ours(path))
+    if others:
+        raise CheckpointError(
+            f"{directory} holds other files ({', '.join(map(repr, others[:3]))}). A saved mixture "
+            "has a directory of its own. Choose a new one."
+        )
+
+
+def _write(
+    directory: Path,
+    tensors: dict[str, Tensor],
+    *,
+    mixture: MixtureConfig,
+    base: BaseFingerprint,
+    molora_version: str,
+) -> None:
+    infos = {name: _info(tensor) for name, tensor in tensors.items()}
+    file = atomic.put(
+        directory,
+        lambda path: _write_tensors(path, tensors, infos),
+        lambda path: tensors_file(_sha256(path)),
+    )
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        molora_version=molora_version,
+        mixture=mixture,
+        base=base,
+        tensors=infos,
+        sha256=_sha256(file),
+    )
+    text = manifests.dump_manifest(manifest).encode()
+    atomic.put(directory, lambda path: path.write_bytes(text), lambda _: MANIFEST)
+
+
+def _write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], infos: Mapping[str, TensorInfo]
+) -> None:
+    """A safetensors file, without the copies in memory and the unnamed temporary file that the
+    library makes."""
+    with path.open("wb") as file:
+        file.write(header_bytes(infos))
+        for tensor in tensors.values():
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _tidy(directory: Path, *, also_itself: bool) -> None:
+    """Delete tensor files that the manifest does not name and what killed saves left.
+
+    `also_itself`: and the directory, if it is empty then.
+    """
+    # What cannot be deleted now does no harm, and is deleted by a later save.
+    with contextlib.suppress(OSError):
+        manifest = directory / MANIFEST
+        named = manifest.read_bytes() if manifest.exists() else b""
+        for path in directory.iterdir():
+            digits = TENSORS.fullmatch(path.name)
+            if atomic.is_stale(path) or (digits and digits[1].encode() not in named):
+                path.unlink()
+        if also_itself and not named:
+            directory.rmdir()
+
+
+def _storable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, after every check that saving needs; the widest types come first, so
+    that each is aligned in the file."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in sorted(state.items(), key=lambda item: (-item[1].itemsize, item[0])):
+        if tensor.numel() == 0:
+            raise CheckpointError(
+                f"{name} is empty, as partitioned parameters are. Gather the parameters of the "
+                "mixture and save inside, e.g. under deepspeed.zero.GatheredParameters."
+            )
+        if str(tensor.dtype).removeprefix("torch.") not in ITEM_SIZES:
+            raise CheckpointError(
+                f"{name} is {tensor.dtype}; a mixture stores {', '.join(ITEM_SIZES)}."
+            )
+        _check_finite(name, tensor)
+        tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+def _check_header(path: Path, manifest: Manifest) -> None:
     found = read_header(path)
     for name, info in manifest.tensors.items():
         if name not in found:
@@ -138,75 +185,32 @@ def read_tensors(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
                 "together."
             )
         if found[name] != info:
-            raise CheckpointError(f"{path}: {name} is {found[name]}, but {MANIFEST} says {info}.")
+            raise CheckpointError(f"{path}: {name!r} is {found[name]}, but {MANIFEST} says {info}.")
     extra = next((name for name in found if name not in manifest.tensors), None)
     if extra is not None:
         raise CheckpointError(f"{path} has a tensor {extra!r} that {MANIFEST} does not list.")
-    if sha256(path) != manifest.sha256:
-        raise CheckpointError(
-            f"{path} does not have the SHA-256 that {MANIFEST} gives. The file was changed or "
-            "damaged."
-        )
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name) for name in found}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from None
-    for name, tensor in tensors.items():
-        check_finite(name, tensor)
-    return tensors
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Names, shapes and dtypes of a safetensors file, from its header alone.
-
-    Raises:
-        CheckpointError: a file that is no safetensors file, is cut short or longer than its header
-            says, or has types that a mixture does not have.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 0 < length <= min(MAX_HEADER, size - 8):
-            raise CheckpointError(
-                f"{path} is truncated or not a safetensors file: its header claims {length} bytes."
-            )
-        try:
-            header = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise CheckpointError(f"{path} has a damaged header: {error}.") from None
-    try:
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        infos = {
-            name: TensorInfo(shape=tuple(e["shape"]), dtype=DTYPES[e["dtype"]])
-            for name, e in entries.items()
-        }
-    except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
-        raise CheckpointError(f"{path} has a header that no mixture has: {error!r}.") from None
-    if 8 + length + end != size:
-        raise CheckpointError(
-            f"{path} has {size} bytes, but its header describes {8 + length + end}. The file is "
-            "truncated or damaged."
-        )
-    return infos
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise CheckpointError if the tensor holds NaN or infinity."""
+def _check_finite(name: str, tensor: Tensor) -> None:
     if not bool(torch.isfinite(tensor).all()):
         raise CheckpointError(f"{name} holds NaN or infinity. It is neither saved nor loaded.")
 
 
-def sha256(path: Path) -> str:
+def _sha256(path: Path) -> str:
     """Hash of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _info(tensor: Tensor) -> TensorInfo:
-    return TensorInfo(shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
+    return TensorInfo.parse(
+        {"shape": tuple(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+    )
+
+
+def _is_ours(path: Path) -> bool:
+    named = path.name == MANIFEST or TENSORS.fullmatch(path.name) or atomic.is_partial(path)
+    return bool(named) and path.is_file() and not path.is_symlink()
 
 
 def _contained(directory: Path, name: str) -> Path:
@@ -214,10 +218,11 @@ def _contained(directory: Path, name: str) -> Path:
     path = directory / name
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory with a saved mixture.")
-    if path.is_symlink() or path.resolve().parent != directory.resolve():
+    if path.is_symlink():
         raise CheckpointError(f"{path} is a link. A saved mixture holds its files itself.")
     if not path.is_file():
         raise CheckpointError(
-            f"{directory} has no {name}. A saved mixture has {MANIFEST} and {TENSORS}."
+            f"{directory} has no {name}. A saved mixture has {MANIFEST} and the safetensors file "
+            "that it names."
         )
     return path

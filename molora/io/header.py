@@ -1,0 +1,118 @@
+"""What a safetensors file says it holds, written and checked before anything is allocated."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import NonNegativeInt
+
+from molora.config.base import Frozen
+from molora.errors import CheckpointError, ConfigError
+
+MAX_HEADER = 100_000_000
+"""Bytes; the header's length is read before anything else, so its claim is not trusted."""
+DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Types that a tensor of a mixture may have, as safetensors and torch name them."""
+ITEM_SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class TensorInfo(Frozen):
+    """Shape and dtype of one stored tensor."""
+
+    shape: tuple[NonNegativeInt, ...]
+    """Sizes."""
+    dtype: Literal["float64", "float32", "bfloat16", "float16"]
+    """torch's name."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+class _Entry(Frozen):
+    """A tensor's entry in the header."""
+
+    dtype: Literal["F64", "F32", "BF16", "F16"]
+    shape: tuple[NonNegativeInt, ...]
+    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
+
+
+def header_bytes(infos: Mapping[str, TensorInfo]) -> bytes:
+    """The start of a safetensors file whose values follow in the order of `infos`."""
+    names = {torch_name: name for name, torch_name in DTYPES.items()}
+    entries, end = {}, 0
+    for name, info in infos.items():
+        begin, end = end, end + info.num_bytes
+        entries[name] = {
+            "dtype": names[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # values start aligned
+    return struct.pack("<Q", len(text)) + text
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Names, shapes and dtypes of a safetensors file, from its header alone.
+
+    Raises:
+        CheckpointError: a file that is no safetensors file, is cut short or longer than its header
+            says, or has types that a mixture does not have.
+    """
+    header, start, size = _read_json(path)
+    infos: dict[str, TensorInfo] = {}
+    for name, data in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            entry = _Entry.parse(data)
+        except ConfigError as error:
+            raise CheckpointError(
+                f"{path}: the header's entry of {name!r} is none that a mixture has: {error}."
+            ) from None
+        infos[name] = TensorInfo.parse({"shape": entry.shape, "dtype": DTYPES[entry.dtype]})
+        begin, end = entry.data_offsets
+        if end - begin != infos[name].num_bytes or start + end > size:
+            raise CheckpointError(
+                f"{path}: {name!r} needs {infos[name].num_bytes} bytes, but the header places it "
+                f"at {begin} to {end} of {size - start}. The file is truncated or damaged."
+            )
+    described = start + sum(info.num_bytes for info in infos.values())
+    if described != size:
+        raise CheckpointError(
+            f"{path} has {size} bytes, but its header describes {described}. The file is truncated "
+            "or damaged."
+        )
+    return infos
+
+
+def _read_json(path: Path) -> tuple[dict[str, object], int, int]:
+    """The header, where the values start, and the size of the file."""
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 0 < length <= min(MAX_HEADER, size - 8):
+            raise CheckpointError(
+                f"{path} is truncated or not a safetensors file: it has {size} bytes and its "
+                f"header claims {length}."
+            )
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+    # ValueError: bytes that are no text, text that is no JSON, and integers of too many digits
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} has a damaged header: {error}.") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} has a damaged header: {type(header).__name__}, not a dict.")
+    return header, 8 + length, size
