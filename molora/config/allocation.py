@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PositiveInt
 
 from molora.config.base import Frozen, unknown_name
+from molora.config.shorthand import AlsoAs
 from molora.errors import ConfigError
 
 SHAPES: dict[str, tuple[int, int, int, int]] = {
@@ -62,6 +63,13 @@ def _from_shorthand(data: Any) -> Any:
 Allocation = Annotated[
     Annotated[Uniform | PerLayer | Shape, Field(discriminator="kind")],
     BeforeValidator(_from_shorthand),
+    AlsoAs(
+        (
+            {"type": "integer", "minimum": 1},
+            {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 1},
+            {"type": "string", "enum": list(SHAPES)},
+        )
+    ),
 ]
 """An int (uniform), a list (one entry per layer) or the name of a shape."""
 

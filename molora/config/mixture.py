@@ -23,6 +23,7 @@ from molora.config.routing import (
     TopK,
     UnitTop1,
 )
+from molora.config.shorthand import AlsoAs
 
 
 class LinearSite(Frozen):
@@ -51,7 +52,10 @@ def _as_tuple(data: Any) -> Any:
 
 
 Targets = Annotated[
-    tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple), Field(min_length=1)
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    BeforeValidator(_as_tuple),
+    Field(min_length=1),
+    AlsoAs(({"type": "string", "minLength": 1},)),
 ]
 """`attention`, `ffn`, `all`, name suffixes such as `q_proj` or `mlp.down_proj`, or `re:` and a
 regular expression

@@ -1,7 +1,7 @@
 """One function per published method, each returning a `MixtureConfig`."""
 
 from molora.presets.ffn import mixlora
-from molora.presets.load import load_config, mixture_config
+from molora.presets.load import load_config, mixture_config, run_config
 from molora.presets.lora import lora, molora
 from molora.presets.registry import PRESETS, methods
 from molora.presets.token import loramoe, mola
@@ -16,4 +16,5 @@ __all__ = [
     "mixture_config",
     "mola",
     "molora",
+    "run_config",
 ]

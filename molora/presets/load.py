@@ -21,8 +21,15 @@ def load_config(path: str | Path) -> RunConfig:
     Raises:
         ConfigError: unreadable YAML, unknown keys or impossible values, each with its path.
     """
-    path = Path(path)
-    data = read_yaml(path)
+    return run_config(read_yaml(Path(path)))
+
+
+def run_config(data: Mapping[str, Any]) -> RunConfig:
+    """A run from plain data, in which the mixture may be a preset.
+
+    Raises:
+        ConfigError: unknown keys or impossible values, each with its path.
+    """
     if "mixture" in data:
         data = {**data, "mixture": mixture_config(data["mixture"])}
     return RunConfig.parse(data)
