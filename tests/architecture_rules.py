@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kernels",
     ),
     "data": ("config",),
-    "generate": ("attach", "config"),
+    "generate": ("attach", "config", "data", "io"),
     "report": ("config", "io", "routing"),
     "train": (
         *("attach", "compose", "config", "data", "generate", "presets"),
