@@ -59,6 +59,15 @@ def test_json_suffix_with_one_object_a_line_is_jsonl(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", '{"text": "é"}'), ("a.json", '[{"text": "é"}]'), ("a.csv", "text\né\n")],
+)
+def test_byte_order_mark_is_not_part_of_the_file(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
+    assert [row.text for row in rows_of(tmp_path / name)] == ["é"]
+
+
 def test_format_can_be_said_where_the_suffix_says_nothing(tmp_path):
     path = write(tmp_path / "train.jsonl", [PAIR]).rename(tmp_path / "train.txt")
     assert rows_of(path, format="jsonl")[0].completion == "b"
