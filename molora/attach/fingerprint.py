@@ -43,7 +43,7 @@ VOLATILE = frozenset(
 MAX_TENSORS = 24
 SAMPLES = 64
 ROUNDINGS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-"""A base is loaded in float32, bfloat16 or float16: two of them agree when rounded to one."""
+"""What is hashed: float32 and a half-precision copy of it agree in the rounding of the copy."""
 
 
 def fingerprint(model: nn.Module, *, exclude: Iterable[str] = ()) -> BaseFingerprint:

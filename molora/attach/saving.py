@@ -13,7 +13,7 @@ from molora.attach.attach import attach, check_attachable
 from molora.attach.fingerprint import check_same_base, fingerprint
 from molora.attach.mixture import check_names_and_shapes
 from molora.attach.plan import make_plan
-from molora.errors import CheckpointError
+from molora.errors import AttachError, CheckpointError, ConfigError
 from molora.version import VERSION
 
 if TYPE_CHECKING:
@@ -38,15 +38,20 @@ def load(model: nn.Module, directory: str | Path) -> Mixture:
         CheckpointError: files that are damaged or do not belong together, another base model,
             missing, unexpected or mis-shaped tensors; each is named and the model is left as it
             was.
-        AttachError: the model cannot carry the mixture.
+        AttachError: the model carries a mixture or PEFT adapters already.
     """
     directory = Path(directory)
     manifest = io.read_manifest(directory)
     check_attachable(model)
     check_same_base(model, manifest.base)
-    _check_size(model, manifest)
-    tensors = io.read_tensors(directory, manifest)
-    mixture = attach(model, manifest.mixture)
+    try:
+        _check_size(model, manifest)
+        tensors = io.read_tensors(directory, manifest)
+        mixture = attach(model, manifest.mixture)
+    except (AttachError, ConfigError) as error:
+        raise CheckpointError(
+            f"the configuration in {directory} does not fit its base model: {error}"
+        ) from error
     try:
         _check_fits(mixture, manifest, where=f"mixture in {directory}")
         mixture.load_state_dict(tensors)
@@ -57,8 +62,7 @@ def load(model: nn.Module, directory: str | Path) -> Mixture:
 
 
 def _check_size(model: nn.Module, manifest: io.Manifest) -> None:
-    """Refuse a configuration of more experts than there are tensors for, before attaching makes
-    them."""
+    """Refuse more experts than there are tensors for, before attaching makes them."""
     needed = sum(
         placement.num_experts * placement.rank * placement.out_features
         for placement in make_plan(model, manifest.mixture).placements

@@ -1,7 +1,7 @@
 """bytes ⇄ tensors: file formats, strict both ways; knows no module."""
 
 from molora.io.header import TensorInfo, read_header
-from molora.io.manifest import BaseFingerprint, Manifest
+from molora.io.manifest import BaseFingerprint, Manifest, dump_manifest, parse_manifest
 from molora.io.native import MANIFEST, check_replaceable, read_manifest, read_tensors, write
 
 __all__ = [
@@ -10,6 +10,8 @@ __all__ = [
     "Manifest",
     "TensorInfo",
     "check_replaceable",
+    "dump_manifest",
+    "parse_manifest",
     "read_header",
     "read_manifest",
     "read_tensors",
