@@ -74,17 +74,23 @@ class ExpertBank(nn.Module):
         """(T, in) and its rows' decision → (T, out); without one, all experts act with gate 1."""
         x_TD = x_TD.to(compute_dtype(x_TD))
         x, mix = self._dropped(x_TD)
-        if routing is None:
-            deltas = [mix(x, None, None, b.lora_A, b.lora_B, b.scaling) for b in self.blocks()]
-        elif len(self._modules) == 0:
+        if routing is not None and len(self._modules) == 0:
             return mix(
                 x, routing.gates, routing.expert_index, self.lora_A, self.lora_B, self.scaling
             )
-        else:
-            gates = routing.dense_gates().split([b.lora_B.shape[0] for b in self.blocks()], dim=1)
+        blocks = list(self.blocks())
+        sizes = [b.lora_B.shape[0] for b in blocks]
+        inputs = x.split(sizes) if x.dim() == 3 else [x] * len(blocks)
+        if routing is None:
             deltas = [
-                mix(x, g, _all_experts(g), b.lora_A, b.lora_B, b.scaling)
-                for g, b in zip(gates, self.blocks(), strict=True)
+                mix(x_b, None, None, b.lora_A, b.lora_B, b.scaling)
+                for x_b, b in zip(inputs, blocks, strict=True)
+            ]
+        else:
+            gates = routing.dense_gates().split(sizes, dim=1)
+            deltas = [
+                mix(x_b, g, _all_experts(g), b.lora_A, b.lora_B, b.scaling)
+                for x_b, g, b in zip(inputs, gates, blocks, strict=True)
             ]
         return torch.stack(deltas).sum(dim=0) if len(deltas) > 1 else deltas[0]
 
@@ -99,7 +105,7 @@ class ExpertBank(nn.Module):
         if self.dropout_mask == "shared":
             return nn.functional.dropout(x_TD, self.dropout), self.backend.lora_mix
         # an input per expert: only the reference takes one, and the option is documented as slow
-        x_ETD = nn.functional.dropout(x_TD.expand(self.lora_B.shape[0], -1, -1), self.dropout)
+        x_ETD = nn.functional.dropout(x_TD.expand(self.num_experts, -1, -1), self.dropout)
         return x_ETD, reference.lora_mix
 
     def extra_repr(self) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def lora_mix(
@@ -40,15 +41,20 @@ class _DenseMix(torch.autograd.Function):
         scaling_E: Tensor,
     ) -> Tensor:
         dtype = x_TD.dtype
-        h_TER = _down(x_TD, lora_A.to(dtype), lora_B.shape[0])
+        h_TP = x_TD @ lora_A.to(dtype).flatten(0, 1).T
+        h_TER = _per_expert(h_TP, lora_A, lora_B)
         weight_TE1 = _weights(gates_TE, scaling_E, dtype)
         up_PF = rearrange(lora_B.to(dtype), "e f r -> (e r) f")
-        ctx.save_for_backward(x_TD, gates_TE, lora_A, lora_B, scaling_E, h_TER)
+        # the product itself and not a view of it, which torch.compile cannot save
+        ctx.save_for_backward(x_TD, gates_TE, lora_A, lora_B, scaling_E, h_TP)
         return rearrange(h_TER * weight_TE1, "t e r -> t (e r)") @ up_PF
 
     @staticmethod
+    # the intermediate is saved as a constant, so a second derivative would silently lack its part
+    @once_differentiable
     def backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, gates_TE, lora_A, lora_B, scaling_E, h_TER = ctx.saved_tensors
+        x_TD, gates_TE, lora_A, lora_B, scaling_E, h_TP = ctx.saved_tensors
+        h_TER = _per_expert(h_TP, lora_A, lora_B)
         needs_x, needs_gates, needs_A, needs_B, _ = ctx.needs_input_grad
         num_experts, dtype = lora_B.shape[0], x_TD.dtype
         weight_TE1 = _weights(gates_TE, scaling_E, dtype)
@@ -73,11 +79,10 @@ class _DenseMix(torch.autograd.Function):
         return grad_x, grad_gates, grad_A, grad_B, None
 
 
-def _down(x_TD: Tensor, lora_A: Tensor, num_experts: int) -> Tensor:
-    """x A for every expert, (T, E, R); a shared A is applied once and broadcast without a copy."""
-    h_TP = x_TD @ lora_A.flatten(0, 1).T
-    h_TER = h_TP.view(x_TD.shape[0], lora_A.shape[0], lora_A.shape[1])
-    return h_TER.expand(-1, num_experts, -1)
+def _per_expert(h_TP: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """x A by expert, (T, E, R); that of a shared A is broadcast without a copy."""
+    h_TER = h_TP.view(h_TP.shape[0], lora_A.shape[0], lora_A.shape[1])
+    return h_TER.expand(-1, lora_B.shape[0], -1)
 
 
 def _grad_down(grad_TER: Tensor, *, shared: bool) -> Tensor:
