@@ -65,8 +65,8 @@ def localized_balance(record: Routing, *, delta: float, task_types_B: Tensor) ->
     balanced batch. Padding is left out, unlike in their code.
 
     Raises:
-        ConfigError: task types that are not one value, 0 or 1, per sequence; only the shape is looked
-            at, since reading values would wait for the device.
+        ConfigError: task types that are not one value per sequence. Whether it is 0 or 1 is not
+            looked at, since reading values would wait for the device.
     """
     if task_types_B.shape != record.grid[:1]:
         raise ConfigError(

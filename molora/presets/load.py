@@ -30,8 +30,9 @@ def run_config(data: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: unknown keys or impossible values, each with its path.
     """
-    if "mixture" in data:
-        data = {**data, "mixture": mixture_config(data["mixture"])}
+    mixture = data.get("mixture")
+    if isinstance(mixture, Mapping) and "preset" in mixture:
+        data = {**data, "mixture": mixture_config(mixture)}
     return RunConfig.parse(data)
 
 
