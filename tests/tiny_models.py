@@ -177,7 +177,9 @@ def batch_for(
     elif "SequenceClassification" in type(model).__name__:
         batch["labels"] = torch.arange(len(rows)) % model.config.num_labels
     else:
-        batch["labels"] = pad(rows, -100)
+        # nothing predicts a first token, unless padding on its left is taken for a context
+        first = [torch.cat([torch.tensor([-100]), row[1:]]) for row in rows]
+        batch["labels"] = pad(first, -100)
     if not labels:
         answers = batch.pop("labels")
         if getattr(model.config, "is_encoder_decoder", False):

@@ -95,7 +95,7 @@ def check_attachable(model: nn.Module) -> None:
             "the model is a PEFT model. Attach to the base model: merge_and_unload() it, or load "
             "it without the adapter."
         )
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, ExpertBank):
             raise AttachError(
                 "the model has a mixture already. Call detach() on it before attaching another."
@@ -103,6 +103,12 @@ def check_attachable(model: nn.Module) -> None:
         if type(module).__module__.startswith("peft.tuners"):
             raise AttachError(
                 "the model carries PEFT adapters. Unload them before attaching a mixture."
+            )
+        if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters(recurse=False)):
+            raise AttachError(
+                f"weights of {name or 'the model'} were offloaded by accelerate, which runs "
+                "such layers for inference only. Choose a device_map without 'disk' and 'cpu' beside "
+                "other devices, or quantise the base."
             )
     if not isinstance(model, nn.Module) or not any(True for _ in model.parameters()):
         raise AttachError("the model has no parameters.")
