@@ -1,0 +1,83 @@
+"""Base models and tokenizers, from a directory or from the Hugging Face hub and its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from molora.config.run import ModelConfig
+from molora.errors import ConfigError
+
+# False, not the default: by default transformers asks at the terminal whether to run a model's code
+_NO_FOREIGN_CODE = {"trust_remote_code": False}
+
+
+def load_model(config: ModelConfig) -> nn.Module:
+    """The base model with its weights, in evaluation mode.
+
+    Raises:
+        ConfigError: no such model, damaged files, or a model that is no causal language model.
+    """
+    with _reported(config):
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            config.name,
+            revision=config.revision,
+            dtype=config.dtype,
+            attn_implementation=config.attention,
+            **_NO_FOREIGN_CODE,
+        )
+    return model.eval()
+
+
+def load_skeleton(config: ModelConfig) -> nn.Module:
+    """The base model on the meta device: its modules and shapes, without weights or memory.
+
+    Raises:
+        ConfigError: as `load_model`.
+    """
+    with _reported(config):
+        settings = AutoConfig.from_pretrained(
+            config.name, revision=config.revision, **_NO_FOREIGN_CODE
+        )
+        options: dict[str, Any] = {"attn_implementation": config.attention}
+        if config.dtype != "auto":
+            options["dtype"] = getattr(torch, config.dtype)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                settings, **options, **_NO_FOREIGN_CODE
+            )
+    return model.eval()
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer.
+
+    Raises:
+        ConfigError: as `load_model`.
+    """
+    with _reported(config):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            config.name, revision=config.revision, **_NO_FOREIGN_CODE
+        )
+    return tokenizer
+
+
+@contextmanager
+def _reported(config: ModelConfig) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+        revision = f" at revision {config.revision!r}" if config.revision else ""
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) <= 300 else f"{reason[:297]}…"
+        raise ConfigError(
+            f"model.name={config.name!r}{revision} cannot be loaded: {reason} Give the directory "
+            "of a Hugging Face causal language model, or the name of one on the hub that is in "
+            "the cache or can be reached from here."
+        ) from error

@@ -1,0 +1,107 @@
+"""How far a run is, on the terminal: a bar where there is one, else a line per logging step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from molora.data import Tokenized
+from molora.train.dry_run import DryRun, render
+from molora.train.metrics import kind_of, memory_mib
+
+
+class ProgressDisplay(TrainerCallback):
+    """Steps, time left, tokens/s, memory, loss, auxiliary loss and the range of expert loads.
+
+    As a context manager it gives the terminal back, also after an error.
+    """
+
+    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+        self.console = console or Console(stderr=True, quiet=quiet)
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._started = time.perf_counter()
+
+    def show_run(self, data: Tokenized, mixture: DryRun) -> None:
+        """Say what is trained, and on what."""
+        render(mixture, self.console)
+        counts = data.train_counts
+        self.console.print(
+            f"{counts.examples:,} examples of {counts.rows:,} rows: {counts.tokens:,} tokens, "
+            f"{counts.supervised:,} of them with a loss; max_length cut {counts.truncated:,} and "
+            f"left out {counts.dropped:,}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = time.perf_counter()
+        wanted = self.console.is_terminal and not self.console.quiet
+        if not (wanted and state.is_world_process_zero):
+            return
+        self._bar = Progress(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.description}"),
+            console=self.console,
+        )
+        self._task = self._bar.add_task("", total=state.max_steps)
+        self._bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        kind = kind_of(logs)
+        if kind is None or not state.is_world_process_zero:
+            return
+        if kind == "eval":
+            shown = f"step {state.global_step}: evaluation loss {logs.get('eval_loss', 0):.4f}"
+            self.console.print(shown, highlight=False)
+        elif self._bar is not None:
+            self._bar.update(self._task, description=figures(logs))
+        else:
+            done, total = state.global_step, state.max_steps
+            left = (time.perf_counter() - self._started) * (total - done) / max(done, 1)
+            self.console.print(
+                f"step {done}/{total} · {left:.0f} s left · {figures(logs)}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._close()
+
+    def __enter__(self) -> ProgressDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def figures(logs: Mapping[str, Any]) -> str:
+    """One line of text from the logs of a training step."""
+    parts = [f"loss {logs['loss']:.4f}"]
+    if "aux_loss" in logs:
+        parts.append(f"aux {logs['aux_loss']:.4f}")
+    if "load_min" in logs:
+        parts.append(f"load {logs['load_min']:.2f}–{logs['load_max']:.2f}")
+        if logs["dead_experts"]:
+            parts.append(f"{logs['dead_experts']} dead experts")
+    if "tokens_per_second" in logs:
+        parts.append(f"{logs['tokens_per_second']:.0f} tokens/s")
+    parts.append(f"{memory_mib():.0f} MiB")
+    return " · ".join(parts)

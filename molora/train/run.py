@@ -1,0 +1,221 @@
+"""A whole run: data, model, mixture, training and what it leaves behind."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import PreTrainedTokenizerBase, PrinterCallback
+
+from molora import __version__
+from molora.attach import Mixture, attach
+from molora.attach.losses import required_columns
+from molora.config import MixtureConfig
+from molora.config.run import RunConfig
+from molora.config.yaml import parse_yaml
+from molora.data import Collator, Tokenized, padding_id, tokenize
+from molora.errors import DataError
+from molora.io.native import check_replaceable
+from molora.train import checkpointing
+from molora.train.arguments import trainer_arguments
+from molora.train.dry_run import describe
+from molora.train.loading import load_model, load_tokenizer
+from molora.train.metrics import MetricsWriter, measured
+from molora.train.mixin import ADAPTER
+from molora.train.progress import ProgressDisplay
+
+if TYPE_CHECKING:
+    from molora.train.trainer import SFTTrainer
+
+CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+_LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run."""
+
+    output_dir: Path
+    """Holds adapter/ (the mixture), config.yaml (everything spelt out), and metrics.jsonl."""
+    metrics: dict[str, float]
+    """Of the whole run: train_loss, and eval_loss with data.eval."""
+    seconds: float
+    """Time in the training loop, evaluations between its steps included."""
+    tokens: int
+    """Tokens trained on, padding not counted."""
+    mixture: Mixture
+    model: nn.Module
+    """The adapted model, in evaluation mode."""
+    tokenizer: PreTrainedTokenizerBase
+
+
+def train(config: RunConfig, *, progress: bool = True) -> TrainResult:
+    """Train a mixture and write it to ``output_dir/adapter``, complete or not at all.
+
+    The same configuration gives the same mixture, bit for bit on a CPU with the same number of
+    threads.
+
+    Args:
+        config: the run, e.g. `molora.load_config(path)`.
+        progress: show it on the terminal (stderr).
+
+    Raises:
+        ConfigError: a model that cannot be loaded, settings that do not fit it.
+        DataError: rows that cannot be trained on, or that lack a column that the mixture needs.
+        AttachError: targets that do not fit the model.
+        CheckpointError: an output directory whose adapter/ holds other files.
+    """
+    adapter = config.output_dir / ADAPTER
+    check_replaceable(adapter)
+    with _threads(config.train.threads):
+        tokenizer = load_tokenizer(config.model)
+        data = tokenize(config.data, tokenizer)
+        check_columns(config.mixture, data)
+        model = load_model(config.model)
+        base_parameters = sum(p.numel() for p in model.parameters())
+        mixture = attach(model, config.mixture, seed=config.seed)
+        table = describe(mixture, model=config.model.name, base_parameters=base_parameters)
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        (config.output_dir / CONFIG).write_text(as_yaml(config), encoding="utf-8")
+        writer = MetricsWriter(config.output_dir / METRICS)
+        with _left_as_found(model), ProgressDisplay(quiet=not progress) as display:
+            trainer = _trainer(config, mixture, tokenizer, data)
+            trainer.add_callback(writer)
+            trainer.add_callback(display)
+            if trainer.is_world_process_zero():
+                display.show_run(data, table)
+            metrics, seconds = _run(trainer)
+            trainer.save_model(str(adapter))
+    if trainer.is_world_process_zero():
+        summary = {
+            "tokens": trainer.tokens,
+            "training_seconds": round(seconds, 3),
+            **metrics,
+            **_about(data, mixture),
+        }
+        writer.write("summary", trainer.state.global_step, summary)
+    return TrainResult(
+        config.output_dir, metrics, seconds, trainer.tokens, mixture, model, tokenizer
+    )
+
+
+def check_columns(mixture: MixtureConfig, data: Tokenized) -> None:
+    """Raise DataError unless the training rows have the columns that the mixture's losses read."""
+    for name in required_columns(mixture):
+        if name not in data.train.column_names:
+            raise DataError(
+                f"data.train has no column `{name}`, which the auxiliary loss of "
+                f"{mixture.method!r} needs: 0 or 1 for every row. Add it to the rows, set "
+                f"`{name}` on each source of data.train, or turn the loss off with losses: []."
+            )
+        values = sorted(set(data.train[name]))
+        if not set(values) <= {0, 1}:
+            raise DataError(
+                f"column `{name}` of data.train has the values {values[:6]}, but the auxiliary "
+                f"loss of {mixture.method!r} knows two types: use 0 and 1."
+            )
+
+
+def as_yaml(config: RunConfig) -> str:
+    """A configuration with presets and defaults spelt out; `molora.load_config` reads it back."""
+    data = config.model_dump(mode="json")
+    text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    assert RunConfig.parse(parse_yaml(text)) == config
+    return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Strings are always quoted: what is a word to one YAML reader is a number to another."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style=None if text.isidentifier() else '"'
+    ),
+)
+
+
+def _trainer(
+    config: RunConfig, mixture: Mixture, tokenizer: PreTrainedTokenizerBase, data: Tokenized
+) -> SFTTrainer:
+    from trl import SFTConfig
+
+    from molora.train.trainer import SFTTrainer
+
+    trainer = SFTTrainer(
+        mixture.model,
+        SFTConfig(**trainer_arguments(config)),
+        mixture=mixture,
+        router_learning_rate=config.train.router_learning_rate,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        processing_class=tokenizer,
+        data_collator=Collator(padding_id(tokenizer)),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _run(trainer: SFTTrainer) -> tuple[dict[str, float], float]:
+    started = time.perf_counter()
+    metrics = {"train_loss": trainer.train().metrics["train_loss"]}
+    seconds = time.perf_counter() - started
+    if trainer.eval_dataset is not None:
+        evaluated = [
+            line
+            for line in trainer.state.log_history
+            if "eval_loss" in line and line["step"] == trainer.state.global_step
+        ]
+        found = evaluated[-1] if evaluated else trainer.evaluate()
+        metrics |= {k: v for k, v in measured(found).items() if k.startswith("eval_")}
+    return metrics, seconds
+
+
+def _about(data: Tokenized, mixture: Mixture) -> dict[str, Any]:
+    return {
+        "parameters": mixture.num_parameters(),
+        "data": {
+            "train": asdict(data.train_counts),
+            "eval": asdict(data.eval_counts) if data.eval_counts else None,
+            "tasks": list(data.tasks),
+        },
+        "versions": {
+            "molora": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in _LIBRARIES},
+        },
+    }
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _left_as_found(model: Any) -> Iterator[None]:
+    """Take back what trainers change on a model that is used on: mode, cache, forward."""
+    use_cache = model.config.use_cache
+    try:
+        yield
+    finally:
+        model.config.use_cache = use_cache
+        checkpointing.disable(model)
+        # TRL hides the model's forward behind one with a fused head
+        model.__dict__.pop("forward", None)
+        model.eval()
