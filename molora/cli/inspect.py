@@ -1,0 +1,142 @@
+"""``molora inspect``."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from molora.io import Manifest
+
+
+def inspect(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A saved mixture.")],
+) -> None:
+    """Check a saved mixture and show what is in it.
+
+    Method, base, parameters by role, files, and experts per layer. Every file is read and compared
+    with its manifest; the base model is not needed.
+
+    \b
+    Example:
+      molora inspect runs/mola/adapter
+    """
+    from molora import io
+
+    manifest = io.read_manifest(directory)
+    io.read_tensors(directory, manifest)
+    for line in described(directory, manifest):
+        typer.echo(line)
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The experts of one linear, as the names and shapes of the tensors tell."""
+
+    path: str
+    num_experts: int
+    ranks: tuple[int, ...]
+    """One per block."""
+
+    def __str__(self) -> str:
+        ranks = "+".join(map(str, dict.fromkeys(self.ranks)))
+        return f"{self.num_experts}×{ranks}"
+
+
+def described(directory: Path, manifest: Manifest) -> Iterable[str]:
+    """The lines that `molora inspect` prints."""
+    from molora import io
+
+    shapes = {name: info.shape for name, info in manifest.tensors.items()}
+    banks = banks_of(shapes)
+    routers = sorted(name for name in shapes if ".router." in name)
+    yield (
+        f"method   {manifest.mixture.method} (format {manifest.format_version}, written by "
+        f"molora {manifest.molora_version})"
+    )
+    yield f"base     {manifest.base.name}"
+    yield f"sites    {len(banks)} linears with experts, {len(routers)} routers"
+    for role, count in parameters_by_role(shapes).items():
+        yield f"{role:<8} {count:,} parameters"
+    for name, note in ((io.MANIFEST, "checked"), (manifest.tensors_file, "sha256 matches")):
+        yield f"file     {name}, {(directory / name).stat().st_size:,} bytes, {note}"
+    yield ""
+    yield from allocation_table(banks)
+
+
+def banks_of(shapes: Mapping[str, tuple[int, ...]]) -> list[Bank]:
+    """The banks in the order of their tensors; the blocks of a bank are put together."""
+    blocks: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for name, shape in shapes.items():
+        if found := re.fullmatch(r"(.+)\.experts\.(?:\d+\.)?lora_B", name):
+            blocks[found[1]].append((shape[0], shape[2]))
+    return [
+        Bank(path, sum(count for count, _ in found), tuple(rank for _, rank in found))
+        for path, found in blocks.items()
+    ]
+
+
+def parameters_by_role(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Numbers of saved values: experts, router, other if there are any, and all."""
+    counts = {"experts": 0, "router": 0, "other": 0}
+    for name, shape in shapes.items():
+        role = "experts" if ".experts." in name else "router" if ".router." in name else "other"
+        counts[role] += math.prod(shape)
+    shown = {role: count for role, count in counts.items() if count or role != "other"}
+    return {**shown, "all": sum(counts.values())}
+
+
+def allocation_table(banks: Iterable[Bank]) -> list[str]:
+    """Experts × rank, a line per run of equal layers and linears with equally many experts."""
+    layers: dict[str, dict[str, str]] = defaultdict(dict)
+    for bank in banks:
+        found = re.match(r"(.*?)\.(\d+)\.(.+)", bank.path)
+        layer, linear = (f"{found[1]}.{found[2]}", found[3]) if found else ("-", bank.path)
+        layers[layer][linear] = str(bank)
+    rows = [("layer", "experts×rank", "linears")]
+    for first, last in _runs(sorted(layers, key=_layer_key), layers):
+        label = first if first == last else f"{first}–{last.rpartition('.')[2]}"
+        linears: dict[str, list[str]] = defaultdict(list)
+        for linear, experts in layers[first].items():
+            linears[experts].append(linear)
+        for experts, names in linears.items():
+            rows.append((label, experts, _by_parent(names)))
+            label = ""
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:2]]
+    return [f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}" for row in rows]
+
+
+def _by_parent(linears: Iterable[str]) -> str:
+    """``mlp: gate_proj up_proj; self_attn: q_proj``."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for linear in linears:
+        parent, _, name = linear.rpartition(".")
+        names[parent].append(name)
+    groups = [f"{parent}: {' '.join(n)}" if parent else " ".join(n) for parent, n in names.items()]
+    return "; ".join(groups)
+
+
+def _layer_key(layer: str) -> tuple[str, int]:
+    stack, _, number = layer.rpartition(".")
+    return (stack, int(number)) if number.isdecimal() else (layer, -1)
+
+
+def _runs(ordered: list[str], layers: Mapping[str, dict[str, str]]) -> Iterable[tuple[str, str]]:
+    """First and last of successive layers of one stack that have the same experts."""
+    runs: list[tuple[str, str]] = []
+    for layer in ordered:
+        if runs:
+            first, last = runs[-1]
+            stack, number = _layer_key(last)
+            if _layer_key(layer) == (stack, number + 1) and layers[layer] == layers[first]:
+                runs[-1] = (first, layer)
+                continue
+        runs.append((layer, layer))
+    return runs

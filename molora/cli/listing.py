@@ -1,0 +1,83 @@
+"""``molora methods`` and ``molora schema``."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any
+
+import typer
+
+
+def methods() -> None:
+    """List the published methods that are presets.
+
+    \b
+    Example:
+      molora methods
+    """
+    from molora.presets import methods as presets
+
+    table = presets()
+    width = max(map(len, table))
+    for name, what in table.items():
+        typer.echo(f"{name:<{width}}  {what}")
+
+
+def schema() -> None:
+    """Print the JSON schema of a run's YAML file.
+
+    Editors check and complete files with it.
+
+    \b
+    Example:
+      molora schema > molora.schema.json
+    """
+    typer.echo(json.dumps(run_schema(), indent=2, ensure_ascii=False))
+
+
+def run_schema() -> dict[str, Any]:
+    """The schema of `RunConfig`, in which the mixture may also be a preset with its arguments."""
+    from pydantic.json_schema import models_json_schema
+
+    from molora.config.run import RunConfig
+    from molora.presets import PRESETS
+
+    run = RunConfig.model_json_schema()
+    models = [_arguments_of(name, preset) for name, preset in PRESETS.items()]
+    references, definitions = models_json_schema([(model, "validation") for model in models])
+    mixture = run["properties"]["mixture"]
+    spelt_out = {key: value for key, value in mixture.items() if key == "$ref"}
+    run["properties"]["mixture"] = {
+        "anyOf": [spelt_out, *(references[model, "validation"] for model in models)],
+        "description": mixture["description"],
+    }
+    run["$defs"] = {**run["$defs"], **definitions["$defs"]}
+    return run
+
+
+def _arguments_of(name: str, preset: Any) -> Any:
+    """A pydantic model of ``{preset: name, …}``.
+
+    Its fields are the preset's arguments, and the settings that every mixture has.
+    """
+    from typing import Literal, get_type_hints
+
+    from pydantic import ConfigDict, create_model
+
+    from molora.config import MixtureConfig
+
+    hints = get_type_hints(preset, include_extras=True)
+    fields: dict[str, Any] = {"preset": (Literal[name], ...)}
+    for setting, field in MixtureConfig.model_fields.items():
+        if setting not in ("method", "groups"):
+            fields[setting] = (field.annotation, field)
+    for parameter in inspect.signature(preset).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            fields[parameter.name] = (hints[parameter.name], parameter.default)
+    return create_model(
+        f"preset_{name}",
+        __config__=ConfigDict(extra="forbid"),
+        __doc__=(preset.__doc__ or "").strip().partition("\n")[0],
+        **fields,
+    )
