@@ -96,8 +96,14 @@ class ExpertBank(nn.Module):
 
     def rows(self, x_TD: Tensor, expert_index_TK: Tensor) -> Tensor:
         """(T, in) → (T, K, out): the ungated update of every chosen expert of the only block."""
-        x_TD = nn.functional.dropout(x_TD.to(compute_dtype(x_TD)), self.dropout, self.training)
-        return self.backend.lora_rows(x_TD, expert_index_TK, self.lora_A, self.lora_B, self.scaling)
+        x_TD, index_TK = x_TD.to(compute_dtype(x_TD)), expert_index_TK
+        if self.training and self.dropout > 0 and self.dropout_mask == "per_expert":
+            # a row with a mask of its own for every slot, since no expert has two slots of a row
+            x_TD = x_TD.repeat_interleave(expert_index_TK.shape[1], dim=0)
+            index_TK = expert_index_TK.reshape(-1, 1)
+        x_TD = nn.functional.dropout(x_TD, self.dropout, self.training)
+        delta = self.backend.lora_rows(x_TD, index_TK, self.lora_A, self.lora_B, self.scaling)
+        return delta.view(*expert_index_TK.shape, -1)
 
     def _dropped(self, x_TD: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
         if not self.training or self.dropout == 0:

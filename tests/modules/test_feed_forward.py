@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -136,3 +137,22 @@ def test_a_token_that_capacity_dropped_gets_its_score_times_its_input() -> None:
     ffn.overflow_input = False
     ffn_zero_TD = ffn.forward(x_BSD).flatten(0, 1)
     assert torch.equal(ffn_zero_TD[~served_T], torch.zeros_like(ffn_zero_TD[~served_T]))
+
+
+@pytest.mark.parametrize("mask", ["shared", "per_expert"])
+def test_dropout_of_equal_experts_differs_only_with_a_mask_per_expert(mask: Any) -> None:
+    block = Block(
+        lora_A=torch.randn(1, RANK, IN).expand(EXPERTS, -1, -1).clone(),
+        lora_B=torch.randn(1, WIDE, RANK).expand(EXPERTS, -1, -1).clone(),
+        scaling=torch.ones(EXPERTS),
+    )
+    bank = ExpertBank([block], backend=backend("dense"), dropout=0.5, dropout_mask=mask)
+    index_TK = torch.tensor([[0, 3], [2, 1]]).repeat(20, 1)
+    x_TD = torch.randn(40, IN)
+    delta_TKF = bank.rows(x_TD, index_TK)
+    assert delta_TKF.shape == (40, 2, WIDE)
+    assert torch.equal(delta_TKF[:, 0], delta_TKF[:, 1]) == (mask == "shared")
+    undropped_TF = x_TD @ block.lora_A[0].T @ block.lora_B[0].T
+    assert not torch.allclose(delta_TKF[:, 0], undropped_TF)
+    bank.eval()
+    torch.testing.assert_close(bank.rows(x_TD, index_TK)[:, 1], undropped_TF)
