@@ -17,8 +17,9 @@ _running: ContextVar[tuple[ForwardContext, ...]] = ContextVar("molora_running_fo
 
 
 def checkpoint_context() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The `context_fn` of torch.utils.checkpoint: recomputed layers see the masks and decisions of
-    their forward.
+    """The `context_fn` of torch.utils.checkpoint.
+
+    Recomputed layers see the masks and decisions of their forward.
 
     Use it wherever activation checkpointing is on, such as
     ``model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn":

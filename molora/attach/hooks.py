@@ -1,5 +1,4 @@
-"""Hooks on the model's own forward: they open the trace, read masks, and add the auxiliary losses,
-once."""
+"""Hooks on the model's own forward: open the trace, read masks, add the auxiliary losses once."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ Observer = Callable[[Records], None]
 
 @dataclass
 class DeferredAux:
-    """Auxiliary losses of the forwards of one training step, for a caller that makes the loss
-    itself."""
+    """Auxiliary losses of one training step, for a caller that makes the loss itself."""
 
     forwards: list[tuple[AuxLosses, Tensor | None]] = field(default_factory=list)
     """Each forward's losses, and its number of supervised tokens."""
@@ -98,8 +96,7 @@ class ForwardHooks:
     def after(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        """Forward hook, also called when the forward raised: auxiliary losses enter the output's
-        loss."""
+        """Forward hook, also called after an error: auxiliary losses enter the output's loss."""
         trace, side = self.context.trace, self.context.side
         self.context.trace, self.context.side = None, SideInputs()
         self.context.decisions.clear()

@@ -1,5 +1,4 @@
-"""A configuration meets a model: which linear gets how many experts of which rank, before anything
-is changed."""
+"""A configuration meets a model: which linear gets how many experts of which rank."""
 
 from __future__ import annotations
 

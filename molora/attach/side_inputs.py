@@ -1,5 +1,4 @@
-"""From the arguments of a model's forward to padding masks, side columns and the share of a
-micro-batch."""
+"""From a forward's arguments to padding masks, side columns and a micro-batch's share."""
 
 from __future__ import annotations
 
@@ -38,8 +37,7 @@ class ArgumentReader:
         return args[position] if position < len(args) else None
 
     def split_columns(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Take the side columns out of the keyword arguments, unless the model has an argument of
-        that name."""
+        """Take out the side columns that the model has no argument for."""
         columns = {
             name: kwargs[name]
             for name in SIDE_COLUMNS
@@ -76,8 +74,7 @@ class ArgumentReader:
         return SideInputs(masks=masks, columns=columns)
 
     def supervised(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-        """Number of labels that this micro-batch's loss counts, as transformers' Trainer counts
-        them."""
+        """Number of labels that this micro-batch's loss counts, as transformers' Trainer does."""
         shifted = self.get(args, kwargs, "shift_labels")
         labels = shifted if shifted is not None else self.get(args, kwargs, "labels")
         if labels is None:
@@ -96,8 +93,9 @@ def _unreadable(mask: Any) -> str:
 
 
 def share(num_items_in_batch: Tensor | int | None, supervised: Tensor | None) -> Tensor | float:
-    """The weight of a micro-batch's auxiliary loss: its share of the batch's supervised tokens, 1
-    if it is the batch.
+    """The weight of a micro-batch's auxiliary loss.
+
+    Its share of the batch's supervised tokens, 1 if it is the batch.
 
     With this weight the auxiliary gradient is invariant to accumulation and world size, like the
     cross entropy's.

@@ -39,8 +39,7 @@ def match_targets(model: nn.Module, patterns: Iterable[str]) -> tuple[Match, ...
 
 
 def untouched_experts(model: nn.Module) -> tuple[str, ...]:
-    """Fused expert parameters (experts, out, in) of a mixture-of-experts base, which carry no LoRA
-    experts."""
+    """Fused expert parameters (experts, out, in) of the base, which carry no LoRA experts."""
     return tuple(
         f"{name} {tuple(parameter.shape)}"
         for name, parameter in model.named_parameters()

@@ -34,8 +34,10 @@ class LoRA(Frozen):
 
 
 class SharedA(Frozen):
-    """One down-projection for all experts of a bank: ΔW_e = scaling_e · B_e A (HydraLoRA,
-    2404.19245)."""
+    """One down-projection for all experts of a bank.
+
+    ΔW_e = scaling_e · B_e A (HydraLoRA, 2404.19245).
+    """
 
     kind: Literal["shared_a"] = "shared_a"
     alpha: PositiveFloat | tuple[PositiveFloat, ...] = 16.0

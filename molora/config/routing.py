@@ -11,8 +11,7 @@ from molora.config.base import Frozen
 
 
 class KaimingInit(Frozen):
-    """Uniform in ±1/√in: kaiming_uniform with a = √5, the default of nn.Linear and of most
-    authors."""
+    """Uniform in ±1/√in: kaiming_uniform with a = √5, as nn.Linear and most authors."""
 
     kind: Literal["kaiming"] = "kaiming"
 
@@ -89,8 +88,10 @@ class Threshold(Frozen):
 
 
 class Capacity(Frozen):
-    """Top-k, but in training each expert serves at most `tokens` tokens of one sequence, first come
-    first served."""
+    """Top-k with at most `tokens` tokens per expert and sequence in training.
+
+    First come, first served.
+    """
 
     kind: Literal["capacity"] = "capacity"
     k: Allocation = Field(default=1, validate_default=True)
