@@ -172,8 +172,8 @@ def batch_for(
         "attention_mask": pad([torch.ones_like(row) for row in rows], 0),
     }
     if getattr(model.config, "is_encoder_decoder", False):
-        # shorter than the encoder's, so that a mask of the wrong stream does not fit
-        batch["labels"] = pad([row.flip(0)[: max(1, len(row) - 2)] for row in rows], -100)
+        # of other lengths in another order, so that no part of the encoder's mask is the decoder's
+        batch["labels"] = pad([row[: (len(row) + 1) // 2] for row in reversed(rows)], -100)
     elif "SequenceClassification" in type(model).__name__:
         batch["labels"] = torch.arange(len(rows)) % model.config.num_labels
     else:

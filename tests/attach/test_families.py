@@ -91,7 +91,7 @@ def test_life_of_a_mixture(family: str, config: MixtureConfig, tmp_path: Path) -
     assert (adapted - base).abs().max() > 1e-2
 
     model.train()
-    optimiser = torch.optim.AdamW(mixture.parameter_groups(1e-3))
+    optimiser = torch.optim.AdamW(mixture.parameter_groups(3e-4))
     first = _step(model, batch, optimiser)
     assert _step(model, batch, optimiser) < first
     model.eval()
