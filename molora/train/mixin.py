@@ -208,6 +208,9 @@ class MixtureTrainerMixin(_Trainer):
         """Add what the routers did since the last line to the logs of training."""
         if "loss" in logs:
             logs.update(self._read_window())
+        elif "train_loss" in logs:
+            # the summary of a run whose last steps came after the last line
+            self._read_window()
         super().log(logs, *args, **kwargs)
 
     def _read_window(self) -> dict[str, float]:
