@@ -107,8 +107,8 @@ def check_attachable(model: nn.Module) -> None:
         if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters(recurse=False)):
             raise AttachError(
                 f"weights of {name or 'the model'} were offloaded by accelerate, which runs "
-                "such layers for inference only. Choose a device_map without 'disk' and 'cpu' beside "
-                "other devices, or quantise the base."
+                "such layers for inference only. Choose a device_map without 'disk' and 'cpu' "
+                "beside other devices, or quantise the base."
             )
     if not isinstance(model, nn.Module) or not any(True for _ in model.parameters()):
         raise AttachError("the model has no parameters.")

@@ -51,8 +51,8 @@ class Surgery:
         if hasattr(parent, name):
             raise AttachError(
                 f"{type(parent).__name__} already has an attribute {name!r}, which molora needs "
-                "for its own module. "
-                "Detach the mixture that is on the model first, or target other modules."
+                "for its own module. Detach the mixture that is on the model first, or target "
+                "other modules."
             )
         parent.add_module(name, child)
         self.children.append((parent, name))
@@ -186,9 +186,8 @@ class Builder:
         if is_cross_attention_memory(placement.path):
             raise AttachError(
                 f"{placement.path} reads the encoder's output, not the input of its block, so it "
-                "cannot share the "
-                "block's decision. Give the keys and values of cross-attention a group with "
-                "scope='linear'."
+                "cannot share the block's decision. Give the keys and values of cross-attention a "
+                "group with scope='linear'."
             )
         owner = placement.layer.path if scope == "layer" and placement.layer else placement.parent
         if owner not in self._shared:
@@ -197,9 +196,8 @@ class Builder:
         if shared.num_experts != placement.num_experts:
             raise AttachError(
                 f"{placement.path} has {placement.num_experts} experts, but the router at "
-                f"{owner!r} that it shares "
-                f"has {shared.num_experts}. Banks that share a decision need equal "
-                "num_experts."
+                f"{owner!r} that it shares has {shared.num_experts}. Banks that share a decision "
+                "need equal num_experts."
             )
         return shared
 

@@ -114,7 +114,6 @@ def _embedding_weights(
             if max(ids) >= parameter.shape[0]:
                 raise AttachError(
                     f"train_tokens has id {max(ids)}, but {name} has {parameter.shape[0]} rows. "
-                    "Call "
-                    "model.resize_token_embeddings first."
+                    "Call model.resize_token_embeddings first."
                 )
             yield name, parameter

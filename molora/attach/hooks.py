@@ -123,18 +123,17 @@ class ForwardHooks:
             if name not in columns:
                 raise AttachError(
                     f"training this mixture needs the column {name!r}, one integer per sequence, "
-                    "for its auxiliary loss. "
-                    f"Pass model(..., {name}=tensor) or mixture.context({name}=tensor), or turn "
-                    "the loss off with "
-                    "losses=(). Evaluation and generation do not need it."
+                    f"for its auxiliary loss. Pass model(..., {name}=tensor) or "
+                    f"mixture.context({name}=tensor), or turn the loss off with losses=(). "
+                    "Evaluation and generation do not need it."
                 )
 
     def _check_fused_head(self, kwargs: Mapping[str, Any]) -> None:
         if kwargs.get("fused_lm_head") and self.losses and self.deferred is None:
             raise AttachError(
-                "a trainer with a fused LM head makes its loss itself and would drop the auxiliary "
-                "losses silently. "
-                "Train with molora.train.SFTTrainer, or turn them off with losses=()."
+                "a trainer with a fused LM head makes its loss itself and would drop the "
+                "auxiliary losses silently. Train with molora.train.SFTTrainer, or turn them off "
+                "with losses=()."
             )
 
 

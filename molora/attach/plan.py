@@ -66,8 +66,8 @@ def make_plan(model: nn.Module, config: MixtureConfig) -> Plan:
             if path in placements:
                 raise AttachError(
                     f"{path} is matched by two groups, with targets "
-                    f"{list(placements[path].group.targets)} and "
-                    f"{list(group.targets)}. Give every linear to one group."
+                    f"{list(placements[path].group.targets)} and {list(group.targets)}. Give every "
+                    "linear to one group."
                 )
             placements[path] = _place(model, path, group)
     ordered = tuple(placements[path] for path, _ in model.named_modules() if path in placements)
@@ -119,10 +119,8 @@ def _check_in_feed_forward(model: nn.Module, path: str) -> None:
     if layout is None or name not in (*layout.inputs, layout.down):
         raise AttachError(
             f"site 'ffn' mixes whole FFN modules, but {path} is not a projection of one: its "
-            "parent is a "
-            f"{type(model.get_submodule(parent)).__name__}. Families with the FFN as one module "
-            "(Llama, Mistral, Qwen, "
-            "Gemma, Phi-3, GPT-2, T5) have this site; BERT and RoBERTa split the FFN over two "
-            "modules and do not. "
-            "Use targets='ffn' there, or site 'linear'."
+            f"parent is a {type(model.get_submodule(parent)).__name__}. Families with the FFN as "
+            "one module (Llama, Mistral, Qwen, Gemma, Phi-3, GPT-2, T5) have this site; BERT and "
+            "RoBERTa split the FFN over two modules and do not. Use targets='ffn' there, or site "
+            "'linear'."
         )

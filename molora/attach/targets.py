@@ -100,8 +100,7 @@ def _nothing_matched(model: nn.Module, pattern: str, linears: list[str]) -> str:
     if fused:
         message += (
             " This base model is itself a mixture of experts: its experts are fused 3-D "
-            f"parameters ({fused[0]}, "
-            f"{len(fused)} in all), which molora leaves untouched. Target its attention linears "
-            "instead."
+            f"parameters ({fused[0]}, {len(fused)} in all), which molora leaves untouched. Target "
+            "its attention linears instead."
         )
     return message

@@ -112,8 +112,7 @@ class Group(Frozen):
         if isinstance(select, Capacity) and select.overflow == "input" and self.site.kind != "ffn":
             raise ValueError(
                 "select.overflow='input' replaces a block's output by its input and needs "
-                "site.kind='ffn'. "
-                "Use overflow='zero' at a linear."
+                "site.kind='ffn'. Use overflow='zero' at a linear."
             )
         return self
 
@@ -123,8 +122,8 @@ class Group(Frozen):
         if isinstance(alpha, tuple) and set(_counts(self.num_experts)) != {len(alpha)}:
             raise ValueError(
                 f"expert.alpha has {len(alpha)} values, one per expert, so num_experts must be "
-                f"{len(alpha)} "
-                "in every layer. Give one alpha for all, or as many as there are experts."
+                f"{len(alpha)} in every layer. Give one alpha for all, or as many as there are "
+                "experts."
             )
         return self
 
@@ -175,9 +174,8 @@ class MixtureConfig(Frozen):
             if group.router_gets_no_task_gradient() and not self.losses:
                 raise ValueError(
                     f"groups.{i}.select: top-1 with gate 1 gives the router no gradient from the "
-                    "task loss and there "
-                    "is no auxiliary loss, so it would never learn. Use renormalize=False, k ≥ 2, "
-                    "or add a loss."
+                    "task loss and there is no auxiliary loss, so it would never learn. Use "
+                    "renormalize=False, k ≥ 2, or add a loss."
                 )
         return self
 
@@ -207,8 +205,7 @@ class MixtureConfig(Frozen):
             if odd:
                 raise ValueError(
                     f"groups.{i}.num_experts: the localized balance loss splits the experts into "
-                    "two halves, "
-                    f"so their number must be even (got {odd[0]})."
+                    f"two halves, so their number must be even (got {odd[0]})."
                 )
         return self
 
@@ -217,8 +214,7 @@ def top_k_exceeds(top_k: int, num_experts: int) -> str:
     """The message for more chosen experts than there are."""
     return (
         f"top_k={top_k} exceeds num_experts={num_experts} of some layer. Lower top_k, give top_k "
-        "as a list over "
-        "layers, or use a named shape, for which top_k is clamped."
+        "as a list over layers, or use a named shape, for which top_k is clamped."
     )
 
 

@@ -71,8 +71,7 @@ def localized_balance(record: Routing, *, delta: float, task_types_B: Tensor) ->
     if task_types_B.shape != record.grid[:1]:
         raise ConfigError(
             f"task_types has shape {tuple(task_types_B.shape)}, but the localized balance loss "
-            "needs one value per "
-            f"sequence, {record.grid[:1]}."
+            f"needs one value per sequence, {record.grid[:1]}."
         )
     scores_TE = record.scores * record.valid_rows()[:, None]
     mass_BE = rearrange(scores_TE, "(b s) e -> b s e", b=record.grid[0]).sum(dim=1)

@@ -35,8 +35,8 @@ class SideInputs:
         if self.unreadable:
             raise AttachError(
                 f"attention_mask is {self.unreadable}, from which padding cannot be read. Pass a "
-                "(batch, positions) mask "
-                "of ones and zeros: losses, records and capacity must not count padding."
+                "(batch, positions) mask of ones and zeros: losses, records and capacity must not "
+                "count padding."
             )
         mask_BS = self.masks.get(stream)
         if mask_BS is None:
@@ -50,9 +50,8 @@ class SideInputs:
             return None
         raise AttachError(
             f"rows of shape {grid} do not fit the {stream}'s attention_mask of shape "
-            f"{tuple(mask_BS.shape)}: they must "
-            "be (batch, positions), (batch · positions) or (batch). Pass an attention_mask for "
-            "exactly these inputs."
+            f"{tuple(mask_BS.shape)}: they must be (batch, positions), (batch · positions) or "
+            "(batch). Pass an attention_mask for exactly these inputs."
         )
 
 

@@ -87,10 +87,9 @@ class SharedDecision:
         if not isinstance(x, Tensor) or x.shape[-1] != self.in_features:
             raise AttachError(
                 f"the router at {self.site.name!r} reads the block's hidden states with "
-                f"{self.in_features} features, "
-                "but the block was called with "
-                f"{'nothing' if x is None else tuple(getattr(x, 'shape', ()))}. "
-                "Use scope='linear' for this model."
+                f"{self.in_features} features, but the block was called with "
+                f"{'nothing' if x is None else tuple(getattr(x, 'shape', ()))}. Use scope='linear' "
+                "for this model."
             )
         self.site.context.decisions[self.site.name] = self.site.decide(x)
 
@@ -104,8 +103,7 @@ class SharedDecision:
         if current is None or current.grid != tuple(x.shape[:-1]):
             raise AttachError(
                 f"a linear that shares the decision of {self.site.name!r} was called outside of "
-                "it, or with rows of "
-                f"shape {tuple(x.shape[:-1])} that are not the block's. Use scope='linear' for "
-                "this model."
+                f"it, or with rows of shape {tuple(x.shape[:-1])} that are not the block's. Use "
+                "scope='linear' for this model."
             )
         return current

@@ -14,7 +14,7 @@ from molora.presets.lora import Count, Targets
 def mixlora(
     *,
     num_experts: Count = 8,
-    top_k: Count = 2,
+    top_k: Count | None = None,
     rank: Count = 16,
     alpha: float = 32.0,
     dropout: float = 0.05,
@@ -31,26 +31,36 @@ def mixlora(
     2404.15159).
 
     Variants: "top_k" (renormalised top-2), "top_p" (MixLoRA-Dynamic: the experts whose
-        probabilities together exceed
-    0.8) and "switch" (top-1 with a capacity of 32 tokens per sequence and expert; a dropped token
-    gets p · x). The last two do not renormalise, so they shift the base's FFN output at step 0 by
-    the factor Σ gates − 1. The loss is 0.01 · E Σ f P pooled over all layers, k at uniform routing
-    (0.01 is the paper's and the README's value; the code's default is 0.001); "switch" has the
-    Switch loss and 0.001 · router z-loss.
+    probabilities together exceed 0.8) and "switch" (top-1 with a capacity of 32 tokens per sequence
+    and expert; a dropped token gets p · x). The last two do not renormalise, so they shift the
+    base's FFN output at step 0 by the factor Σ gates − 1.
+
+    The loss is 0.01 · E Σ f P pooled over all layers, k at uniform routing (0.01 is the paper's and
+    the README's value; the code's default is 0.001); "switch" has the Switch loss and 0.001 ·
+    router z-loss.
+
     Deviations: capacity counts no padding and acts in training only; jitter multiplies the router's
-        input alone; the
-    dynamic variant's probability temperature is left out, since it rescales outputs; one dropout
-    mask serves all experts; DoRA experts are not part of this preset. `targets` are FFN
-    projections; `attention_targets=None` leaves attention alone.
+    input alone; the dynamic variant's probability temperature is left out, since it rescales
+    outputs; one dropout mask serves all experts; DoRA experts are not part of this preset.
+
+    Args:
+        top_k: experts per token; 2, or 1 for "switch". "top_p" has none.
+        targets: projections of the FFN.
+        attention_targets: linears that get a plain LoRA; None leaves attention alone.
     """
+    if variant == "top_p" and top_k is not None:
+        raise ConfigError(
+            f"top_k={top_k!r} has no meaning for variant='top_p', which takes as many experts as "
+            "reach top_p. Leave it out, or choose another variant."
+        )
     if renormalize is None:
         renormalize = variant == "top_k"
     selects: dict[str, dict[str, Any]] = {
-        "top_k": {"kind": "top_k", "k": top_k, "renormalize": renormalize},
+        "top_k": {"kind": "top_k", "k": 2 if top_k is None else top_k, "renormalize": renormalize},
         "top_p": {"kind": "top_p", "p": top_p, "renormalize": renormalize},
         "switch": {
             "kind": "capacity",
-            "k": 1,
+            "k": 1 if top_k is None else top_k,
             "tokens": capacity,
             "renormalize": renormalize,
             "overflow": "input",

@@ -26,7 +26,7 @@ def mola(
     By default layers have 2, 4, 6, 8 experts by quarters, and the loss is 0.001 · Σ over layers of
     E Σ f P, pooled over the linears of a layer, as in the authors' code.
     Deviations: padding is left out of the loss (mask="all" counts it), and one dropout mask serves
-        all experts.
+    all experts.
     """
     group = {
         "targets": targets,
@@ -64,8 +64,8 @@ def loramoe(
     Training needs a column `task_types` of 0 and 1, one per sequence, unless `losses=()`. The loss
     is 0.1 · the sum over linears, with the paper's delta = 0.1; the authors' script has both at 0.
     Deviations: the variance is divided by the squared mean as in the authors' code, not the paper's
-        mean; padding is
-    left out; one dropout mask serves all experts; attention linears can be targets too.
+    mean; padding is left out; one dropout mask serves all experts; attention linears can be targets
+    too.
     """
     group = {
         "targets": targets,
