@@ -69,9 +69,11 @@ def test_outside_of_training_there_is_none(
     model, mixture, batch = adapted()
     prepare(model)
     with context():
-        out = model(**batch)
+        with mixture.record() as records:
+            out = model(**batch)
         with mixture.disabled():
             base = model(**batch)
+    assert len(records) == 14
     assert out.aux_loss is None
     assert base.aux_loss is None
     torch.testing.assert_close(out.loss, _cross_entropy(out.logits, batch["labels"]))

@@ -84,7 +84,9 @@ def test_same_losses_gradients_and_records_with_two_forwards_before_one_backward
     family: str, config: MixtureConfig, settings: dict[str, Any]
 ) -> None:
     model, mixture = adapted(family, config)
-    batches = batch_for(model), batch_for(model, (3, 6), seed=1)
+    # padding comes first, so that a capacity that counted it would be used up
+    side = "right" if family == "t5" else "left"
+    batches = batch_for(model, side=side), batch_for(model, (3, 6), seed=1, side=side)
     aux, gradients, counts = step(model, mixture, *batches)
     calls = _count_calls(model)
     model.gradient_checkpointing_enable(settings)
@@ -187,6 +189,18 @@ def test_noise_jitter_and_dropout_act_in_training_only() -> None:
     assert not torch.equal(model(**batch).logits, model(**batch).logits)
     model.eval()
     assert torch.equal(model(**batch).logits, model(**batch).logits)
+
+
+def test_capacity_acts_in_training_only() -> None:
+    model, mixture = adapted("llama", SWITCH)
+    with mixture.record() as training:
+        model(**batch_for(model))
+    model.eval()
+    with mixture.record() as evaluation:
+        model(**batch_for(model))
+    assert all((record.gates == 0).any() for record in training.values())
+    assert all((record.gates > 0).all() for record in evaluation.values())
+    assert all(record.selected.all() for record in training.values())
 
 
 def _count_calls(model: nn.Module) -> list[int]:

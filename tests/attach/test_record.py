@@ -65,6 +65,31 @@ def test_one_record_per_site_with_the_decision_that_was_used(
         assert len({frozenset(row.tolist()) for row in record.expert_index}) > 1
 
 
+def test_the_configured_router_score_and_selector_are_the_ones_that_decide() -> None:
+    model = tiny("llama")
+    group = {
+        "targets": "up_proj",
+        "num_experts": 3,
+        "rank": 5,
+        "router": {"temperature": 0.25, "init": {"kind": "normal", "std": 0.3}},
+        "score": {"kind": "sigmoid"},
+        "select": {"kind": "threshold", "threshold": 0.6},
+    }
+    mixture = molora.attach(model, MixtureConfig.parse({"groups": [group]}))
+    inputs: list[Tensor] = []
+    layer = model.model.layers[0].mlp
+    layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
+    assert 0.2 < layer.up_proj.router.weight.std() < 0.4
+    with mixture.record() as records:
+        model(**batch_for(model))
+    record = records["model.layers.0.mlp.up_proj"]
+    scores_TE = torch.sigmoid(inputs[0] @ layer.up_proj.router.weight.T / 0.25)
+    torch.testing.assert_close(record.scores, scores_TE)
+    acts_TE = (scores_TE > 0.6) | (scores_TE == scores_TE.max(dim=-1, keepdim=True).values)
+    assert torch.equal(record.dense_gates() > 0, acts_TE)
+    assert {1, 2} <= set(acts_TE.sum(dim=-1).tolist())
+
+
 def test_records_are_detached_unless_asked(model: nn.Module, mixture: molora.Mixture) -> None:
     site = "model.layers.0.mlp.up_proj"
     with mixture.record() as records, mixture.record(detach=False) as live:
