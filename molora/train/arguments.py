@@ -34,6 +34,10 @@ def trainer_arguments(config: RunConfig) -> dict[str, Any]:
         # the base has model.dtype and the trainables have mixture.dtype: nothing is autocast
         "bf16": False,
         "fp16": False,
+        # said, or several processes without a GPU would each train the whole by itself
+        "use_cpu": not torch.accelerator.is_available(),
+        # experts are stacked: none is ever without a gradient
+        "ddp_find_unused_parameters": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": "none",

@@ -97,7 +97,8 @@ def describe(mixture: Mixture, *, model: str, base_parameters: int) -> DryRun:
 
 def render(result: DryRun, console: Console) -> None:
     """Print the match table and the totals."""
-    table = Table(title=f"{result.method} on {result.model}", title_justify="left")
+    console.print(f"{result.method} on {result.model}", highlight=False, soft_wrap=True)
+    table = Table()
     for column in ("pattern", "linears", "experts", "rank", "parameters"):
         table.add_column(column, justify="left" if column == "pattern" else "right")
     for row in result.rows:

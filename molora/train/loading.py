@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from molora.config.run import ModelConfig
 from molora.errors import ConfigError
 
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # False, not the default: by default transformers asks at the terminal whether to run a model's code
 _NO_FOREIGN_CODE = {"trust_remote_code": False}
 
@@ -75,6 +78,8 @@ def _reported(config: ModelConfig) -> Iterator[None]:
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         revision = f" at revision {config.revision!r}" if config.revision else ""
         reason = " ".join(str(error).split())
+        if not Path(config.name).exists() and not _HUB_NAME.fullmatch(config.name):
+            reason = "there is no such directory."
         reason = reason if len(reason) <= 300 else f"{reason[:297]}…"
         raise ConfigError(
             f"model.name={config.name!r}{revision} cannot be loaded: {reason} Give the directory "

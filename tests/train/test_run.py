@@ -152,6 +152,7 @@ def test_settings_reach_the_trainer(run_file: RunFile, monkeypatch: pytest.Monke
             decay=[group["weight_decay"] for group in groups],
             rising=[line["learning_rate"] for line in trainer.state.log_history[:-1]],
             threads=torch.get_num_threads(),
+            seed=trainer.args.seed,
         )
         return output
 
@@ -159,7 +160,9 @@ def test_settings_reach_the_trainer(run_file: RunFile, monkeypatch: pytest.Monke
     before = torch.get_num_threads()
     options = {"max_steps": None, "epochs": 2.0, "batch_size": 2, "gradient_accumulation": 2}
     options |= {"router_learning_rate": 1e-4, "weight_decay": 0.01, "schedule": "constant"}
-    run(run_file(MOLA, train={**options, "warmup_ratio": 1.0, "logging_steps": 1, "threads": 2}))
+    options |= {"warmup_ratio": 1.0, "logging_steps": 1, "threads": 2}
+    run(run_file(MOLA, train=options, seed=7))
+    assert seen["seed"] == 7
     assert seen["steps"] == 4
     assert seen["rates"] == [5e-3, 1e-4]
     assert seen["decay"] == [0.01, 0.0]
@@ -227,6 +230,9 @@ def test_a_model_that_cannot_be_found_is_a_config_error(name: str, run_file: Run
     with pytest.raises(molora.ConfigError, match=f"model.name='{name}' cannot be loaded: .* Give"):
         train(config.model_copy(update={"model": missing}), progress=False)
     assert not (path.parent / "out").exists()
+    nowhere = config.model.model_copy(update={"name": str(path.parent / "nowhere")})
+    with pytest.raises(molora.ConfigError, match="cannot be loaded: there is no such directory"):
+        train(config.model_copy(update={"model": nowhere}), progress=False)
 
 
 def test_damaged_weights_are_a_config_error(run_file: RunFile, tmp_path: Path) -> None:

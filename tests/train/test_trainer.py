@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,10 @@ def mixture_on(model: nn.Module | None = None, **settings: Any) -> molora.Mixtur
     return mixture
 
 
-def dataset(lengths: Sequence[int] = (9, 4, 6, 3, 8, 5, 7, 4), **columns: Any) -> Dataset:
+def dataset(lengths: Sequence[int] = (9, 4, 6, 3, 8, 5, 7, 4), *, same: bool = False) -> Dataset:
     rows = [row.tolist() for row in sequences(lengths)]
-    return Dataset.from_dict({"input_ids": rows, "labels": rows, **columns})
+    rows = rows[:1] * len(rows) if same else rows
+    return Dataset.from_dict({"input_ids": rows, "labels": rows})
 
 
 def arguments(tmp_path: Path, **options: Any) -> trl.SFTConfig:
@@ -200,14 +202,16 @@ def test_gradient_checkpointing_changes_nothing(trainer: str, tmp_path: Path) ->
     assert all((states[0][name] - start[name]).abs().max() > 1e-3 for name in start)
 
 
-def plain(mixture: molora.Mixture, tmp_path: Path, **options: Any) -> Trainer:
+def plain(
+    mixture: molora.Mixture, tmp_path: Path, *, data: Dataset | None = None, **options: Any
+) -> Trainer:
     kept = arguments(tmp_path, **options).to_dict()
     known = {f for f in transformers.TrainingArguments.__dataclass_fields__ if f in kept}
     return Trainer(
         mixture.model,
         transformers.TrainingArguments(**{name: kept[name] for name in known}),
         mixture=mixture,
-        train_dataset=dataset(),
+        train_dataset=data if data is not None else dataset(),
         data_collator=Collator(pad_token_id=2),
     )
 
@@ -301,14 +305,63 @@ def test_logs_say_what_the_routers_did_in_the_window(tmp_path: Path) -> None:
     assert line["grad_norm"] > 0
 
 
-def test_the_window_starts_afresh_after_each_line(tmp_path: Path) -> None:
-    mixture = mixture_on()
-    trainer = sft(mixture, tmp_path, max_steps=4, logging_steps=2)
+def test_a_line_is_the_mean_over_the_steps_since_the_line_before(tmp_path: Path) -> None:
+    single, double = (
+        [line for line in trained.state.log_history if "loss" in line]
+        for trained in (logged(tmp_path, every=1), logged(tmp_path, every=2))
+    )
+    assert [line["tokens"] for line in double] == [46, 92]
+    for name in ("loss", "aux_loss", "aux/load_balance", "aux/router_z"):
+        steps = [line[name] for line in single]
+        means = [(steps[0] + steps[1]) / 2, (steps[2] + steps[3]) / 2]
+        assert [line[name] for line in double] == pytest.approx(means, rel=1e-5)
+        assert steps[0] != pytest.approx(steps[1], rel=1e-3)
+
+
+def logged(tmp_path: Path, *, every: int) -> SFTTrainer:
+    trainer = sft(mixture_on(), tmp_path, max_steps=4, logging_steps=every)
     trainer.train()
-    lines = [line for line in trainer.state.log_history if "loss" in line]
-    assert [line["tokens"] for line in lines] == [46, 92]
-    # two steps averaged, not summed
-    assert lines[1]["aux_loss"] == pytest.approx(lines[0]["aux_loss"], rel=0.5)
+    return trainer
+
+
+def test_a_loss_that_is_a_mean_per_batch_is_averaged_with_its_auxiliary_losses(
+    tmp_path: Path,
+) -> None:
+    outcomes = []
+    for accumulate in (1, 4):
+        mixture = mixture_on()
+        trainer = plain(
+            mixture,
+            tmp_path,
+            data=dataset([7] * 8, same=True),
+            max_steps=1,
+            per_device_train_batch_size=8 // accumulate,
+            gradient_accumulation_steps=accumulate,
+        )
+        trainer.model_accepts_loss_kwargs = False  # as of models without **kwargs
+        trainer.train()
+        (line,) = (line for line in trainer.state.log_history if "loss" in line)
+        outcomes.append([line[name] for name in ("loss", "aux_loss", "aux/router_z", "grad_norm")])
+    assert outcomes[1] == pytest.approx(outcomes[0], rel=1e-5)
+    assert outcomes[0][1] > 0.5
+
+
+def test_evaluations_do_not_count_as_training_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def take(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setattr(trl.SFTTrainer, "evaluate", lambda self: take(100))
+    trainer = sft(mixture_on(), tmp_path)
+    take(3)
+    trainer.evaluate()
+    take(2)
+    assert trainer._window.seconds() == 5
 
 
 def test_dead_experts_are_counted(tmp_path: Path) -> None:
