@@ -32,12 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("learning_rates", nargs="+", type=float)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=CONFIGS, help="tune one of the two")
     parser.add_argument("--model", help="name or directory of another base model")
     parser.add_argument("--rows", type=int, default=200, help="training rows per task")
     parser.add_argument("--kept", type=int, default=50, help="rows per task that are scored")
     args = parser.parse_args(arguments)
     model = args.model or str(assets.smollm2())
     for name, path in CONFIGS.items():
+        if args.only not in (None, name):
+            continue
         for learning_rate in args.learning_rates:
             config = run_config(path, model, learning_rate, rows=args.rows, seed=args.seed)
             found = attempt(config, kept=slice(args.rows, args.rows + args.kept))

@@ -81,9 +81,13 @@ class Mixture:
             yield collected
 
     @contextmanager
-    def statistics(self) -> Iterator[LoadStatistics]:
-        """Accumulate the load of every expert over the forwards inside, on the device."""
-        statistics = LoadStatistics()
+    def statistics(self, into: LoadStatistics | None = None) -> Iterator[LoadStatistics]:
+        """Accumulate the load of every expert over the forwards inside, on the device.
+
+        Args:
+            into: goes on counting here; a new count if not given.
+        """
+        statistics = LoadStatistics() if into is None else into
         with self._observed_by(statistics.update):
             yield statistics
 

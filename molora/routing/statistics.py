@@ -61,6 +61,10 @@ class LoadStatistics:
             )
             self._counts[site] = self._counts[site] + counts_E if site in self._counts else counts_E
 
+    def counts(self) -> dict[str, Tensor]:
+        """Site → (E,) float32 on its device: number of rows that each expert acted on."""
+        return dict(self._counts)
+
     def loads(self) -> dict[str, Tensor]:
         """Site → (E,) float32 on its device: share of the choices that fell on each expert."""
         return {site: counts / counts.sum().clamp_min(1) for site, counts in self._counts.items()}

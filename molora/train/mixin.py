@@ -119,7 +119,7 @@ class MixtureTrainerMixin(_Trainer):
         """The Trainer's loss plus the weighted auxiliary losses, scaled alike."""
         if not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self.mixture.deferred_aux() as deferred, self.mixture.record() as records:
+        with self.mixture.deferred_aux() as deferred, self.mixture.statistics(self._window.loads):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
         # both Trainers multiply a loss per global token by the number of processes, because their
@@ -129,7 +129,6 @@ class MixtureTrainerMixin(_Trainer):
         if deferred.forwards:
             loss = loss + processes * deferred.weighted(num_items_in_batch).to(loss.device)
         self._observe(deferred, num_items_in_batch, processes)
-        self._window.add_records(records)
         self._window.add_scalar("tokens", _tokens(inputs).to(loss.device))
         return (loss, outputs) if return_outputs else loss
 

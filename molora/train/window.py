@@ -10,18 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.routing import Routing
-from molora.routing.statistics import expert_counts
-
-Records = Mapping[str, Routing | list[Routing]]
+from molora.routing.statistics import LoadStatistics
 
 
 class MetricsWindow:
     """Auxiliary losses, loads and tokens of the optimiser steps since the last line of metrics."""
 
     def __init__(self) -> None:
+        self.loads = LoadStatistics()
         self._scalars: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
         self._started = time.perf_counter()
 
     def add_scalar(self, name: str, value: Tensor) -> None:
@@ -29,14 +26,6 @@ class MetricsWindow:
         value = value.detach().float()
         known = self._scalars.get(name)
         self._scalars[name] = value if known is None else known + value.to(known.device)
-
-    def add_records(self, records: Records) -> None:
-        """Count the rows that each expert of each site acted on."""
-        for site, found in records.items():
-            for record in found if isinstance(found, list) else [found]:
-                counts_E = expert_counts(record)
-                known = self._counts.get(site)
-                self._counts[site] = counts_E if known is None else known + counts_E
 
     def pause(self, seconds: float) -> None:
         """Leave out time that was not spent on training."""
@@ -55,14 +44,14 @@ class MetricsWindow:
             average: mean over the processes, in which all take part.
             device: where the processes exchange tensors.
         """
-        parts = [value.reshape(1) for value in self._scalars.values()] + [*self._counts.values()]
+        counted = self.loads.counts()
+        parts = [*(value.reshape(1) for value in self._scalars.values()), *counted.values()]
         if not parts:
             return {}, {}
         flat = iter(average(torch.cat([part.to(device) for part in parts])).tolist())
         sums = {name: next(flat) for name in self._scalars}
         counts = {
-            site: [next(flat) for _ in range(len(counts_E))]
-            for site, counts_E in self._counts.items()
+            site: [next(flat) for _ in range(len(counts_E))] for site, counts_E in counted.items()
         }
         return sums, counts
 

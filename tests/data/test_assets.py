@@ -245,7 +245,7 @@ def test_unreachable_registry_is_said_with_the_remedy(assets, monkeypatch, tmp_p
     [
         ({"MOLORA_CACHE": "/a/b", "XDG_CACHE_HOME": "/c"}, "/a/b"),
         ({"XDG_CACHE_HOME": "/c"}, "/c/molora"),
-        ({"HOME": "/home/me"}, "/home/me/.cache/molora"),
+        ({"HOME": "/h/me"}, "/h/me/.cache/molora"),
     ],
     ids=["own", "xdg", "home"],
 )
