@@ -59,7 +59,8 @@ def localized_balance(record: Routing, *, delta: float, task_types_B: Tensor) ->
     """LoRAMoE's constraint: var(Z) / mean(Z)², Z = Q · I (2312.09979).
 
     Q[b, e] is the summed score of expert e in sequence b. I is 1 + delta where a sequence of type 1
-    meets an expert of the first half or one of type 0 an expert of the second half, else 1 − delta.
+    meets an expert of the first half or one of type 0 an expert of the second half, else 1 − delta;
+    at the minimum Q is proportional to 1 / I, so type 1 leans on the second half.
     The variance is unbiased and divided by the squared mean, as in the authors' code; the paper
     prints the mean. Flat routing gives about delta² · n / (n − 1) over the n = B · E values of a
     balanced batch. Padding is left out, unlike in their code.
