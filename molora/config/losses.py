@@ -38,8 +38,8 @@ class LocalizedBalance(Frozen):
 
     kind: Literal["localized_balance"] = "localized_balance"
     delta: float = Field(default=0.1, ge=0, lt=1)
-    """At the minimum a half carries (1 + delta) / (1 − delta) times the load of the other: the first
-    half for sequences of type 0, the second for type 1."""
+    """At the minimum one half carries (1 + delta) / (1 − delta) times the load of the other: the
+    first half for sequences of type 0, the second for type 1."""
 
 
 class RouterZ(Frozen):

@@ -178,6 +178,19 @@ def test_a_new_mixture_does_not_change_the_model_nor_does_it_saved_and_loaded(
     assert (logits(model) - base).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("part", ["dropout", "noise"])
+def test_new_modules_are_in_the_mode_of_the_model(part: str) -> None:
+    random = {
+        "dropout": {"expert": {"kind": "lora", "dropout": {"p": 0.5}}},
+        "noise": {"router": {"noise_std": 1.0}},
+    }[part]
+    config = MixtureConfig.parse({"groups": [{"num_experts": 3, "rank": 5, **random}]})
+    for training in (False, True):
+        model = tiny("llama").train(training)
+        randomize(molora.attach(model, config))
+        assert torch.equal(logits(model), logits(model)) is not training
+
+
 @pytest.mark.parametrize("config", BOTH)
 def test_disabled_is_the_base_to_the_bit_nests_and_survives_exceptions(
     config: MixtureConfig,

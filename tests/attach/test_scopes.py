@@ -146,10 +146,16 @@ def test_a_plain_module_carries_a_mixture_too() -> None:
     model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
     x = torch.randn(5, 6)
     base = model(x)
-    mixture = molora.attach(model, molora.presets.mola(num_experts=3, rank=5, targets=["0", "2"]))
+    config = molora.presets.mola(num_experts=3, rank=5, dropout=0.0, targets=["0", "2"])
+    mixture = molora.attach(model, config)
     assert torch.equal(model(x), base)
     randomize(mixture)
     assert (model(x) - base).abs().max() > 1e-2
+    # columns for the mixture never reach a base that has no such argument
+    columns = {"task_types": torch.zeros(5, dtype=torch.long)}
+    assert torch.equal(model(x, **columns), model(x))
+    with mixture.disabled():
+        assert torch.equal(model(x, **columns), base)
     with mixture.record() as records:
         model.train()(x).sum().backward()
     assert [r.grid for r in records.values()] == [(5,), (5,)]

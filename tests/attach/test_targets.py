@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from tiny_models import tiny
 from torch import nn
 
@@ -38,6 +39,18 @@ def test_a_pattern_matches_whole_components_in_model_order(
 ) -> None:
     (match,) = match_targets(llama, (pattern,))
     assert list(match.paths) == [f"model.layers.{path}" for path in expected]
+
+
+def test_routers_of_a_moe_base_are_matched_by_name_only() -> None:
+    config = transformers.Qwen2MoeConfig(
+        num_hidden_layers=1, hidden_size=32, shared_expert_intermediate_size=40, vocab_size=64
+    )
+    with torch.device("meta"):
+        model = transformers.Qwen2MoeForCausalLM(config)
+    (match,) = match_targets(model, ("ffn",))
+    shared = "model.layers.0.mlp.shared_expert"
+    assert set(match.paths) == {f"{shared}.{n}_proj" for n in ("gate", "up", "down")}
+    assert match_targets(model, ("shared_expert_gate",))[0].paths == (f"{shared}_gate",)
 
 
 def test_a_head_is_matched_by_name_only(llama: nn.Module) -> None:
