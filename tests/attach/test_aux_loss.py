@@ -138,6 +138,10 @@ def test_eight_rows_at_once_and_four_times_two_have_the_same_gradient(family: st
     for name, gradient in at_once.items():
         torch.testing.assert_close(accumulated[name], gradient, rtol=1e-6, atol=1e-8)
     assert at_once.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    # a batch that is all there is has a share of 1
+    whole = {name: value.expand(8, -1) for name, value in row.items()}
+    shared = model(**whole, num_items_in_batch=total).aux_loss
+    torch.testing.assert_close(shared, model(**whole).aux_loss)
     # the negative control: without the count, four losses add up
     router = next(name for name in at_once if "router" in name)
     assert not torch.allclose(gradients(2)[router], at_once[router], rtol=1e-2)
