@@ -1,4 +1,4 @@
-"""Makes the five small tasks beside this file: ``python -m examples.data.make_tasks``.
+"""Makes the four small tasks beside this file: ``python -m examples.data.make_tasks``.
 
 Every task has 250 training and 100 test rows of at most 64 tokens (SmolLM2's chat template with its
 system prompt, and the answer, included), about equally many of each label. A label is one token, so
@@ -100,27 +100,6 @@ def noun_class(wordnet: Path) -> Iterator[Candidate]:
             yield Candidate(prompt, label, _letters(gloss))
 
 
-def word_relation(wordnet: Path) -> Iterator[Candidate]:
-    """What the first word is to the second, by WordNet's pointers between two words."""
-    relations = {"@": "kind", "#p": "part", "!": "reverse", "&": "similar"}
-    for letter, name in (("n", "noun"), ("a", "adj")):
-        synsets = [fields for fields, _ in _synsets(wordnet / f"data.{name}")]
-        words = {fields[0]: fields[4 : 4 + 2 * int(fields[3], 16) : 2] for fields in synsets}
-        for fields in synsets:
-            start = 4 + 2 * len(words[fields[0]])
-            pointers = fields[start + 1 : start + 1 + 4 * int(fields[start])]
-            for symbol, offset, part, ends in zip(*[iter(pointers)] * 4, strict=True):
-                if symbol in relations and part == letter:
-                    # an antonym is one of a synset's words; the other pointers mean all of them: 0
-                    one = _word(words[fields[0]][max(int(ends[:2], 16), 1) - 1])
-                    other = _word(words[offset][max(int(ends[2:], 16), 1) - 1])
-                    if one and other:
-                        asked = f'How is "{one}" related to "{other}"'
-                        prompt = f"{asked}: kind, part, reverse or similar?"
-                        key = " ".join(sorted((one, other)))
-                        yield Candidate(prompt, relations[symbol], key)
-
-
 def language(package: Path) -> Iterator[Candidate]:
     """The language of a sentence."""
     markers = {name: set(words.split()) for name, words in FUNCTION_WORDS.items()}
@@ -204,7 +183,6 @@ def main() -> None:
             "noun_class": noun_class(wordnet),
             "python_module": python_module(Path(sysconfig.get_path("stdlib"))),
             "sms_spam": sms_spam(sms, tokenizer),
-            "word_relation": word_relation(wordnet),
         }
         for task, candidates in tasks.items():
             rows = choose(candidates, task, tokenizer)
@@ -224,12 +202,6 @@ def _synsets(path: Path) -> Iterator[tuple[list[str], str]]:
             if not line.startswith("  "):
                 fields, _, gloss = line.partition(" | ")
                 yield fields.split(), gloss.partition(";")[0].strip()
-
-
-def _word(lemma: str) -> str:
-    """A plain lower-case word, or nothing: names, numbers and phrases make odd questions."""
-    word = lemma.partition("(")[0]
-    return word if re.fullmatch(r"[a-z]{3,}", word) else ""
 
 
 def _letters(text: str) -> str:

@@ -104,30 +104,12 @@ NOUNS = """\
 00000003 08 n 01 paw 0 001 #p 00000001 n 0000 | a foot with claws on it
 00000004 09 n 01 idea 0 000 | a thought that comes to mind
 """
-ADJECTIVES = """\
-00000001 00 a 02 warm 0 hot 0 002 ! 00000002 a 0202 & 00000003 a 0000 | of high heat
-00000002 00 a 02 cool 0 cold 0 000 | of low heat
-00000003 00 s 01 Torrid_zone 0 000 | very hot
-00000004 00 a 01 mild(p) 0 001 & 00000002 a 0000 | a bit warm
-"""
 
 
 @pytest.fixture
 def wordnet(tmp_path: Path) -> Path:
     (tmp_path / "data.noun").write_text(NOUNS)
-    (tmp_path / "data.adj").write_text(ADJECTIVES)
     return tmp_path
-
-
-def test_relations_are_read_from_the_pointers_and_their_words(make_tasks, wordnet):
-    asked = re.compile(r'How is "(\w+)" related to "(\w+)"')
-    found = {asked.findall(c.prompt)[0]: c.label for c in make_tasks.word_relation(wordnet)}
-    assert found == {
-        ("cat", "animal"): "kind",
-        ("paw", "cat"): "part",
-        ("hot", "cold"): "reverse",  # an antonym pointer says which of the words are meant
-        ("mild", "cool"): "similar",
-    }
 
 
 def test_classes_are_the_lexicographer_files(make_tasks, wordnet):
