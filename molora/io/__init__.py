@@ -2,14 +2,14 @@
 
 from molora.io.header import TensorInfo, read_header
 from molora.io.manifest import BaseFingerprint, Manifest, dump_manifest, parse_manifest
-from molora.io.native import MANIFEST, check_replaceable, read_manifest, read_tensors, write
+from molora.io.native import MANIFEST, check_writable, read_manifest, read_tensors, write
 
 __all__ = [
     "MANIFEST",
     "BaseFingerprint",
     "Manifest",
     "TensorInfo",
-    "check_replaceable",
+    "check_writable",
     "dump_manifest",
     "parse_manifest",
     "read_header",

@@ -37,11 +37,11 @@ def write(
     One process saves to a directory at a time, or several the same mixture.
 
     Raises:
-        CheckpointError: a tensor that is empty or holds NaN or infinity, a directory that holds
-            other files, a disk that fails. A mixture that was there before is then still there.
+        CheckpointError: a tensor that is empty or holds NaN or infinity, a path that is no
+            directory, a disk that fails. A mixture that was there before is then still there.
     """
     tensors = _storable(state)
-    check_replaceable(directory)
+    check_writable(directory)
     is_new = not directory.exists()
     try:
         try:
@@ -89,17 +89,18 @@ def read_tensors(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
     return tensors
 
 
-def check_replaceable(directory: Path) -> None:
-    """Raise CheckpointError unless `directory` is absent or holds only what `write` makes."""
-    if not directory.exists():
-        return
-    if not directory.is_dir():
+def check_writable(directory: Path) -> None:
+    """Raise CheckpointError if a mixture could not be saved in `directory`, as far as names tell.
+
+    Other files may lie there: a save touches only those that it names itself.
+    """
+    if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory. Choose another place to save to.")
-    others = sorted(path.name for path in directory.iterdir() if not _is_ours(path))
-    if others:
+    manifest = directory / MANIFEST
+    if manifest.is_symlink() or (manifest.exists() and not manifest.is_file()):
         raise CheckpointError(
-            f"{directory} holds other files ({', '.join(map(repr, others[:3]))}). A saved mixture "
-            "has a directory of its own. Choose a new one."
+            f"{manifest} is a link or a directory, in the place of a file that saving writes. "
+            "Remove it, or choose another directory."
         )
 
 
@@ -206,11 +207,6 @@ def _info(tensor: Tensor) -> TensorInfo:
     return TensorInfo.parse(
         {"shape": tuple(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
     )
-
-
-def _is_ours(path: Path) -> bool:
-    named = path.name == MANIFEST or TENSORS.fullmatch(path.name) or atomic.is_partial(path)
-    return bool(named) and path.is_file() and not path.is_symlink()
 
 
 def _contained(directory: Path, name: str) -> Path:

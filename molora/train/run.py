@@ -24,7 +24,7 @@ from molora.config.run import RunConfig
 from molora.config.yaml import parse_yaml
 from molora.data import Collator, Tokenized, padding_id, tokenize
 from molora.errors import DataError
-from molora.io.native import check_replaceable
+from molora.io.native import check_writable
 from molora.train import checkpointing
 from molora.train.arguments import trainer_arguments
 from molora.train.dry_run import describe
@@ -72,10 +72,10 @@ def train(config: RunConfig, *, progress: bool = True) -> TrainResult:
         ConfigError: a model that cannot be loaded, settings that do not fit it.
         DataError: rows that cannot be trained on, or that lack a column that the mixture needs.
         AttachError: targets that do not fit the model.
-        CheckpointError: an output directory whose adapter/ holds other files.
+        CheckpointError: an output directory whose adapter/ is a file.
     """
     adapter = config.output_dir / ADAPTER
-    check_replaceable(adapter)
+    check_writable(adapter)
     with _threads(config.train.threads):
         tokenizer = load_tokenizer(config.model)
         data = tokenize(config.data, tokenizer)

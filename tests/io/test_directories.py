@@ -17,27 +17,32 @@ import molora
 
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "over_an_older_save"])
 @pytest.mark.parametrize("name", ["thesis.txt", "model.safetensors", ".hidden", "molora-.json"])
-def test_saving_among_other_files_is_refused(existing: bool, name: str, tmp_path: Path) -> None:
+def test_saving_leaves_other_files_alone(existing: bool, name: str, tmp_path: Path) -> None:
     mixture = save_tiny(tmp_path / "mixture")
     directory = tmp_path / ("mixture" if existing else "other")
     directory.mkdir(exist_ok=True)
     (directory / name).write_text("mine")
-    names = sorted(path.name for path in directory.iterdir())
-    with pytest.raises(molora.CheckpointError, match=f"holds other files \\('{name}'\\)"):
-        mixture.save(directory)
-    assert sorted(path.name for path in directory.iterdir()) == names
+    randomize(mixture, std=0.5, seed=7)
+    mixture.save(directory)
     assert (directory / name).read_text() == "mine"
+    assert len(list(directory.iterdir())) == 3
+    want = {key: value.clone() for key, value in mixture.state_dict().items()}
+    mixture.detach()
+    loaded = molora.load(mixture.model, directory).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in want.items())
 
 
-def test_saving_among_other_directories_is_refused(tmp_path: Path) -> None:
-    """A home directory, say."""
+def test_a_link_or_directory_in_the_manifests_place_is_refused(tmp_path: Path) -> None:
     mixture = save_tiny(tmp_path / "mixture")
-    (tmp_path / "home" / "documents").mkdir(parents=True)
-    with pytest.raises(molora.CheckpointError, match="'documents'"):
-        mixture.save(tmp_path / "home")
     (tmp_path / "odd" / MANIFEST).mkdir(parents=True)
     with pytest.raises(molora.CheckpointError, match=MANIFEST):
         mixture.save(tmp_path / "odd")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "target.json").write_text("mine")
+    (tmp_path / "linked" / MANIFEST).symlink_to(tmp_path / "target.json")
+    with pytest.raises(molora.CheckpointError, match="is a link"):
+        mixture.save(tmp_path / "linked")
+    assert (tmp_path / "target.json").read_text() == "mine"
 
 
 def test_saving_onto_a_file_is_refused(tmp_path: Path) -> None:
@@ -71,7 +76,7 @@ def test_loading_passes_over_other_files(saved: Path, base: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("which", ["manifest", "tensors"])
-def test_a_linked_file_is_neither_loaded_nor_replaced(
+def test_a_linked_file_is_not_loaded_and_what_it_leads_to_stays(
     which: str, saved: Path, base: nn.Module, tmp_path: Path
 ) -> None:
     """The link leads to the very file, so that nothing but the link is wrong."""
@@ -82,8 +87,12 @@ def test_a_linked_file_is_neither_loaded_nor_replaced(
     with pytest.raises(molora.CheckpointError, match=f"{path.name} is a link"):
         molora.load(base, saved)
     mixture = molora.attach(base, molora.presets.lora(rank=2))
-    with pytest.raises(molora.CheckpointError, match=f"other files .*{path.name}"):
+    if which == "manifest":
+        with pytest.raises(molora.CheckpointError, match=f"{path.name} is a link"):
+            mixture.save(saved)
+    else:
         mixture.save(saved)
+        assert not path.is_symlink()
     assert elsewhere.read_bytes() == content
 
 
