@@ -8,7 +8,7 @@ from typing import Any, Literal
 from molora.config import LoadBalance, Loss, MixtureConfig, RouterZ
 from molora.config.base import unknown_name
 from molora.errors import ConfigError
-from molora.presets.lora import Count, Targets
+from molora.presets.assemble import Count, Targets, assemble, lora_group
 
 
 def mixlora(
@@ -68,28 +68,29 @@ def mixlora(
     }
     if variant not in selects:
         raise ConfigError(unknown_name("variant", str(variant), selects))
-    expert: dict[str, Any] = {"kind": "lora", "alpha": alpha, "dropout": {"p": dropout}}
     switch = variant == "switch"
-    group: dict[str, Any] = {
-        "targets": targets,
-        "site": {"kind": "ffn"},
-        "num_experts": num_experts,
-        "rank": rank,
-        "expert": expert,
-        "router": {
+    group = lora_group(
+        targets=targets,
+        num_experts=num_experts,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        site={"kind": "ffn"},
+        router={
             "init": {"kind": "normal", "std": 1.0 if switch else 0.02},
             "jitter": 0.01 if switch else 0.0,
         },
-        "select": selects[variant],
-    }
+        select=selects[variant],
+    )
     groups = [group]
     if attention_targets is not None:
-        groups.append(
-            {"targets": attention_targets, "num_experts": 1, "rank": rank, "expert": expert}
+        plain = lora_group(
+            targets=attention_targets, num_experts=1, rank=rank, alpha=alpha, dropout=dropout
         )
+        groups.append(plain)
     if losses is None:
         losses = _losses(variant)
-    return MixtureConfig.parse({"method": "mixlora", "groups": groups, "losses": losses, **options})
+    return assemble(mixlora, *groups, losses=losses, options=options)
 
 
 def _losses(variant: str) -> tuple[Loss, ...]:

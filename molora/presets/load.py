@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from molora.config.base import unknown_name
 from molora.config.run import RunConfig
 from molora.config.yaml import read_yaml
 from molora.errors import ConfigError
+from molora.presets.assemble import arguments_of
 from molora.presets.registry import PRESETS
 
 
@@ -49,12 +49,7 @@ def mixture_config(data: Any) -> MixtureConfig:
     if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"mixture.preset: {unknown_name('preset', str(name), PRESETS)}")
     preset = PRESETS[name]
-    known = [
-        p.name for p in inspect.signature(preset).parameters.values() if p.kind is p.KEYWORD_ONLY
-    ]
-    known += [
-        field for field in MixtureConfig.model_fields if field not in ("method", "groups", *known)
-    ]
+    known = arguments_of(preset)
     for key in arguments:
         if key not in known:
             raise ConfigError(f"mixture: {unknown_name('key', str(key), known)}")

@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from molora.config import Loss, MixtureConfig
-
-Count = int | Sequence[int] | str
-"""An int, one int per layer, or the name of a shape such as "inverted_triangle"."""
-Targets = str | Sequence[str]
+from molora.presets.assemble import Count, Targets, assemble, lora_group
 
 
 def lora(
@@ -26,13 +23,8 @@ def lora(
         rank, alpha, dropout, targets: as in every preset.
         options: other fields of `MixtureConfig`, such as `dtype` or `train_modules`.
     """
-    group = {
-        "targets": targets,
-        "num_experts": 1,
-        "rank": rank,
-        "expert": {"kind": "lora", "alpha": alpha, "dropout": {"p": dropout}},
-    }
-    return MixtureConfig.parse({"method": "lora", "groups": [group], **options})
+    group = lora_group(targets=targets, num_experts=1, rank=rank, alpha=alpha, dropout=dropout)
+    return assemble(lora, group, options=options)
 
 
 def molora(
@@ -52,11 +44,12 @@ def molora(
     start kaiming-uniform as in the other presets in place of N(0, 0.02), and alpha is free where
     theirs is 16.
     """
-    group = {
-        "targets": targets,
-        "num_experts": num_experts,
-        "rank": rank,
-        "expert": {"kind": "lora", "alpha": alpha, "dropout": {"p": dropout}},
-        "select": {"kind": "dense"},
-    }
-    return MixtureConfig.parse({"method": "molora", "groups": [group], "losses": losses, **options})
+    group = lora_group(
+        targets=targets,
+        num_experts=num_experts,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        select={"kind": "dense"},
+    )
+    return assemble(molora, group, losses=losses, options=options)

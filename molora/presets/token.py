@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from molora.config import LoadBalance, LocalizedBalance, Loss, MixtureConfig
-from molora.presets.lora import Count, Targets
+from molora.presets.assemble import Count, Targets, assemble, lora_group
 
 
 def mola(
@@ -28,13 +28,14 @@ def mola(
     Deviations: padding is left out of the loss (mask="all" counts it), and one dropout mask serves
     all experts.
     """
-    group = {
-        "targets": targets,
-        "num_experts": num_experts,
-        "rank": rank,
-        "expert": {"kind": "lora", "alpha": alpha, "dropout": {"p": dropout}},
-        "select": {"kind": "top_k", "k": top_k, "renormalize": renormalize},
-    }
+    group = lora_group(
+        targets=targets,
+        num_experts=num_experts,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        select={"kind": "top_k", "k": top_k, "renormalize": renormalize},
+    )
     if losses is None:
         losses = (
             Loss(
@@ -44,7 +45,7 @@ def mola(
                 reduction="sum",
             ),
         )
-    return MixtureConfig.parse({"method": "mola", "groups": [group], "losses": losses, **options})
+    return assemble(mola, group, losses=losses, options=options)
 
 
 def loramoe(
@@ -67,13 +68,14 @@ def loramoe(
     mean; padding is left out; one dropout mask serves all experts; attention linears can be targets
     too.
     """
-    group = {
-        "targets": targets,
-        "num_experts": num_experts,
-        "rank": rank,
-        "expert": {"kind": "lora", "alpha": alpha, "dropout": {"p": dropout}},
-        "select": {"kind": "dense"},
-    }
+    group = lora_group(
+        targets=targets,
+        num_experts=num_experts,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        select={"kind": "dense"},
+    )
     if losses is None:
         losses = (
             Loss(
@@ -83,6 +85,4 @@ def loramoe(
                 reduction="sum",
             ),
         )
-    return MixtureConfig.parse(
-        {"method": "loramoe", "groups": [group], "losses": losses, **options}
-    )
+    return assemble(loramoe, group, losses=losses, options=options)

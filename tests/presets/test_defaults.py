@@ -166,7 +166,7 @@ def test_arguments_that_cannot_be_are_config_errors():
         loramoe(delta=1.5)
     with pytest.raises(ConfigError, match=r"unknown variant 'switsh'\. Close names: switch"):
         mixlora(variant="switsh")
-    with pytest.raises(ConfigError, match="unknown key 'rnak'"):
+    with pytest.raises(ConfigError, match=r"lora: unknown argument 'rnak'\. Close names: rank"):
         lora(rnak=3)
     with pytest.raises(ConfigError, match="top_k=9 exceeds num_experts=4"):
         mola(num_experts=4, top_k=9)
