@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from molora import __version__
-from molora.cli.doctor import doctor
+from molora.cli.doctor import declared, doctor
 from molora.cli.generate import chat, generate
 from molora.cli.inspect import inspect
 from molora.cli.listing import methods, schema
@@ -29,9 +29,25 @@ class Commands(TyperGroup):
         except MoLoRAError as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(USER_ERROR) from None
+        except ModuleNotFoundError as error:
+            extra = _extra_of(error.name or "")
+            if extra is None:
+                raise
+            typer.echo(
+                f"Error: this command needs the package {error.name}, which is not installed. "
+                f"Run: pip install 'molora[{extra}]'",
+                err=True,
+            )
+            raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             typer.echo("Stopped.", err=True)
             raise typer.Exit(INTERRUPTED) from None
+
+
+def _extra_of(module: str) -> str | None:
+    """The extra that holds a missing package; None for one that molora does not declare."""
+    name = module.partition(".")[0]
+    return next((extra for package, _, extra in declared() if package == name), None)
 
 
 app = typer.Typer(

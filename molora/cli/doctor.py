@@ -50,15 +50,21 @@ def versions() -> Iterator[Finding]:
     """Python, molora, and every package that it declares, against the declared window."""
     yield Finding("python", platform.python_version())
     try:
-        declared = requires("molora") or []
         yield Finding("molora", version("molora"))
     except PackageNotFoundError:
         yield Finding("molora", "not installed: run pip install -e . in its folder.", fault=True)
         return
-    for requirement in declared:
+    for name, window, extra in declared():
+        if extra != "dev":
+            yield _package(name, window, extra)
+
+
+def declared() -> Iterator[tuple[str, str, str | None]]:
+    """Name, version window and extra of every package that molora declares."""
+    for requirement in requires("molora") or []:
         found = re.fullmatch(r"([\w.-]+)([^;]*)(?:;\s*extra\s*==\s*['\"](\w+)['\"])?", requirement)
-        if found and found[3] != "dev":
-            yield _package(found[1], found[2].strip(), found[3])
+        if found:
+            yield found[1], found[2].strip(), found[3]
 
 
 def _package(name: str, window: str, extra: str | None) -> Finding:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from molora.config.data import DataConfig, DataSource
@@ -15,16 +14,13 @@ from molora.data.read import read
 from molora.data.rows import Row
 from molora.errors import DataError
 
+if TYPE_CHECKING:
+    # of the extra `train`: who only generates needs no data sets
+    from datasets import Dataset
+
 # Examples that are Python lists at one time; Arrow then holds them at 4 bytes a token and column.
 _CHUNK = 1000
-_FEATURES = Features(
-    {
-        "input_ids": List(Value("int32")),
-        "labels": List(Value("int32")),
-        "task": Value("string"),
-        "task_types": Value("int64"),
-    }
-)
+_COLUMNS = ("input_ids", "labels", "task", "task_types")
 
 
 @dataclass
@@ -106,14 +102,16 @@ def _encode(
             for column, value in zip(columns.values(), values, strict=True):
                 column.append(value)
         if len(columns["task"]) >= _CHUNK:
-            chunks.append(Dataset.from_dict(columns, features=_FEATURES))
+            chunks.append(_dataset(columns))
             columns = _empty()
-    chunks.append(Dataset.from_dict(columns, features=_FEATURES))
+    chunks.append(_dataset(columns))
     if counts.examples == 0:
         raise DataError(
             f"max_length cuts all {counts.rows} rows of {', '.join(str(s.path) for s in sources)} "
             "before their first supervised token. Raise max_length, or shorten the prompts."
         )
+    from datasets import concatenate_datasets
+
     return concatenate_datasets(chunks), counts
 
 
@@ -125,7 +123,15 @@ def _rows(sources: Sequence[DataSource], counts: Counts) -> Iterator[Row]:
 
 
 def _empty() -> dict[str, list[Any]]:
-    return {name: [] for name in _FEATURES}
+    return {name: [] for name in _COLUMNS}
+
+
+def _dataset(columns: dict[str, list[Any]]) -> Dataset:
+    from datasets import Dataset, Features, List, Value
+
+    tokens = List(Value("int32"))
+    types = (tokens, tokens, Value("string"), Value("int64"))
+    return Dataset.from_dict(columns, Features(dict(zip(_COLUMNS, types, strict=True))))
 
 
 def _with_side_columns(dataset: Dataset, tasks: tuple[str, ...]) -> Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,22 @@ def test_a_trained_mixture_can_be_inspected_and_generates(
     of_the_run = molora("generate", "--adapter", tmp_path / "run", "--prompt", "Hi")
     assert of_the_run.code == 2
     assert f"Its mixture is in {adapter}" in of_the_run.err
+
+
+def test_a_missing_package_is_told_with_the_extra_that_holds_it(
+    molora: Callable[..., Any], run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    outcome = molora("train", run_file)
+    assert outcome.code == 2
+    assert "needs the package datasets" in outcome.err
+    assert "pip install 'molora[train]'" in outcome.err
+
+
+def test_a_missing_package_that_is_not_declared_is_no_users_error(
+    molora: Callable[..., Any], run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr("molora.cli.app.declared", lambda: iter(()))
+    with pytest.raises(ModuleNotFoundError, match="datasets"):
+        molora("train", run_file)
