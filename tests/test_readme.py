@@ -11,16 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from chat_models import save_chat_model
 from markdown_runner import blocks_of, commands_of, run_page
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md"]
-# Named on a page → replaced by a random model of the same architecture, 2,000 times smaller.
+# Named on a page → replaced by a random model of the same architecture, much smaller.
 LARGE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def run_sample(markdown: str, molora: Callable[[list[str]], int] = lambda _: 0) -> list[str]:
@@ -40,39 +37,6 @@ class Recorder:
 
 def fenced(language: str, text: str) -> str:
     return f"```{language}\n{text}\n```\n"
-
-
-def small_model(directory: Path) -> Path:
-    """A random Llama of four layers with a byte-level tokenizer and a chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    vocabulary = {letter: i for i, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<pad>",
-    )
-    tokenizer.chat_template = CHATML
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture
@@ -113,7 +77,7 @@ def test_page_runs_as_printed(
 ) -> None:
     page = (ROOT / name).read_text(encoding="utf-8")
     if LARGE_MODEL in page or "molora train" in page:
-        small_model(reader / "small-model")
+        save_chat_model(reader / "small-model", num_hidden_layers=4)
     stand_ins = {LARGE_MODEL: "small-model"}
     done = run_page(page, root=ROOT, molora=molora_command, stand_ins=stand_ins)
     assert len(done) >= 2
@@ -144,20 +108,6 @@ def test_quickstart_runs_and_leaves_a_report() -> None:
     reports = list((ROOT / "runs" / "quickstart").rglob("report.html"))
     assert reports
     assert all("</html>" in report.read_text(encoding="utf-8") for report in reports)
-
-
-def test_small_model_stands_in_for_a_chat_model(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    directory = small_model(tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "Ä b"}], tokenize=False)
-    assert text == "<|im_start|>user\nÄ b<|im_end|>\n"
-    ids = tokenizer(text, return_tensors="pt").input_ids
-    assert tokenizer.decode(ids[0]) == text
-    assert ids[0, 0] == tokenizer.bos_token_id
-    assert model(ids).logits.shape == (1, ids.shape[1], len(tokenizer))
 
 
 def test_blocks_are_found_in_order_with_their_lines() -> None:

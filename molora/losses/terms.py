@@ -51,7 +51,7 @@ def importance(record: Routing) -> Tensor:
 
     Source: Shazeer et al., 1701.06538, Eq. 6–7.
     """
-    mass_E = (record.dense_gates().float() * record.valid_rows()[:, None]).sum(dim=0)
+    mass_E = statistics.gate_mass(record)
     return mass_E.var(unbiased=False) / (mass_E.mean() ** 2 + 1e-10)
 
 

@@ -10,26 +10,18 @@ from torch import Tensor
 from molora.routing.record import Routing
 
 
-def load(record: Routing) -> Tensor:
-    """(E,) float32: share of the choices that fell on each expert; all zero if no row counts.
+def expert_counts(record: Routing) -> Tensor:
+    """(E,) float32: number of rows that each expert acts on.
 
     Counts slots that act (selected, gate ≠ 0) of rows that are not padding.
     """
-    counts_E = expert_counts(record)
-    return counts_E / counts_E.sum().clamp_min(1)
-
-
-def expert_counts(record: Routing) -> Tensor:
-    """(E,) float32: number of rows that each expert acts on."""
     acting_TK = (record.selected & (record.gates != 0)).float() * record.valid_rows()[:, None]
     return _scatter_sum(record, acting_TK)
 
 
-def importance(record: Routing) -> Tensor:
-    """(E,) float32: share of the gate mass that each expert received."""
-    mass_TK = record.gates.float() * record.valid_rows()[:, None]
-    mass_E = _scatter_sum(record, mass_TK)
-    return mass_E / mass_E.sum().clamp_min(torch.finfo(torch.float32).tiny)
+def gate_mass(record: Routing) -> Tensor:
+    """(E,) float32: sum of the gates of each expert over rows that are not padding."""
+    return _scatter_sum(record, record.gates.float() * record.valid_rows()[:, None])
 
 
 def entropy(record: Routing) -> Tensor:

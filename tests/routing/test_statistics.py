@@ -1,4 +1,4 @@
-"""Loads, importance and entropy against counts made by hand, with padding that changes nothing."""
+"""Loads, gate mass and entropy against counts made by hand, with padding that changes nothing."""
 
 from __future__ import annotations
 
@@ -26,16 +26,26 @@ RECORD = Routing(
 )
 
 
+def load_of(record: Routing) -> torch.Tensor:
+    counted = LoadStatistics()
+    counted.update({"site": [record]})
+    return counted.loads()["site"]
+
+
+def share_of_gates(record: Routing) -> torch.Tensor:
+    mass = statistics.gate_mass(record)
+    return mass / mass.sum()
+
+
 def test_loads_count_slots_that_act_on_rows_that_count():
     assert statistics.expert_counts(RECORD).tolist() == [2, 1, 1]
-    assert statistics.load(RECORD).tolist() == [0.5, 0.25, 0.25]
+    assert load_of(RECORD).tolist() == [0.5, 0.25, 0.25]
     unmasked = dataclasses.replace(RECORD, mask=None)
     assert statistics.expert_counts(unmasked).tolist() == [2, 2, 2]
 
 
-def test_importance_is_the_share_of_the_gate_mass():
-    mass = torch.tensor([1.75, 0.25, 0.6])
-    torch.testing.assert_close(statistics.importance(RECORD), mass / mass.sum())
+def test_gate_mass_is_the_sum_of_the_gates_of_rows_that_count():
+    torch.testing.assert_close(statistics.gate_mass(RECORD), torch.tensor([1.75, 0.25, 0.6]))
 
 
 def test_entropy_is_the_mean_over_rows_that_count():
@@ -50,15 +60,15 @@ def test_entropy_is_the_mean_over_rows_that_count():
 def test_values_at_uniform_and_at_collapsed_routing(num_experts):
     uniform = dense_record(torch.zeros(6, num_experts))
     even = torch.full((num_experts,), 1 / num_experts)
-    torch.testing.assert_close(statistics.load(uniform), even)
-    torch.testing.assert_close(statistics.importance(uniform), even)
+    torch.testing.assert_close(load_of(uniform), even)
+    torch.testing.assert_close(share_of_gates(uniform), even)
     assert statistics.entropy(uniform).item() == pytest.approx(math.log(num_experts))
 
     collapsed = top_k_record(collapsed_logits(6, num_experts, expert=1), 1)
     alone = torch.zeros(num_experts)
     alone[1] = 1
-    assert torch.equal(statistics.load(collapsed), alone)
-    torch.testing.assert_close(statistics.importance(collapsed), alone)
+    assert torch.equal(load_of(collapsed), alone)
+    torch.testing.assert_close(share_of_gates(collapsed), alone)
     assert statistics.entropy(collapsed).item() == pytest.approx(0, abs=1e-6)
 
 
@@ -82,7 +92,7 @@ def test_padding_changes_nothing(rows, padding, left, seed):
     mask = torch.cat([torch.full((len(part),), valid) for part, valid in parts])
     padded = top_k_record(torch.cat([part for part, _ in parts]), 2, mask=mask)
     alone = top_k_record(logits_TE, 2)
-    for statistic in (statistics.load, statistics.importance, statistics.entropy):
+    for statistic in (load_of, statistics.gate_mass, statistics.entropy):
         torch.testing.assert_close(statistic(padded), statistic(alone))
     unmasked = dataclasses.replace(padded, mask=None)
     assert not torch.allclose(statistics.entropy(unmasked), statistics.entropy(alone), atol=1e-6)
@@ -90,8 +100,8 @@ def test_padding_changes_nothing(rows, padding, left, seed):
 
 def test_nothing_but_padding_gives_zeros():
     record = top_k_record(torch.randn(3, 4), 2, mask=torch.zeros(3, dtype=torch.bool))
-    assert statistics.load(record).tolist() == [0.0] * 4
-    assert statistics.importance(record).tolist() == [0.0] * 4
+    assert load_of(record).tolist() == [0.0] * 4
+    assert statistics.gate_mass(record).tolist() == [0.0] * 4
     assert statistics.entropy(record).item() == 0
 
 
@@ -113,9 +123,9 @@ def test_load_statistics_accumulate_over_forwards_like_one_pooled_record():
     loads = running.loads()
 
     torch.testing.assert_close(
-        loads["a"], statistics.load(concatenate([first, second, first])), rtol=1e-6, atol=0
+        loads["a"], load_of(concatenate([first, second, first])), rtol=1e-6, atol=0
     )
-    torch.testing.assert_close(loads["b"], statistics.load(other))
+    torch.testing.assert_close(loads["b"], load_of(other))
     assert not loads["b"].requires_grad
-    assert not torch.equal(loads["a"], statistics.load(first))
+    assert not torch.equal(loads["a"], load_of(first))
     assert LoadStatistics().loads() == {}

@@ -292,6 +292,14 @@ def test_an_adapter_path_that_is_a_file_is_refused_before_training(run_file: Run
     assert not (path.parent / "out" / "metrics.jsonl").exists()
 
 
+def test_tokens_count_the_steps_after_the_last_line_of_metrics_too(run_file: RunFile) -> None:
+    steps = {"max_steps": 3, "batch_size": 8}
+    every = run(run_file(MOLA, train={**steps, "logging_steps": 1}))
+    last_line = run(run_file(MOLA, train={**steps, "logging_steps": 2}))
+    logged = lines(last_line.output_dir / "metrics.jsonl", "train")
+    assert last_line.tokens == every.tokens > logged[-1]["tokens"] > 0
+
+
 def test_numbers_that_are_not_finite_are_written_as_null(tmp_path: Path) -> None:
     from molora.train.metrics import MetricsWriter
 
