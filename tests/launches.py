@@ -1,0 +1,60 @@
+"""Real processes on the CPU: a script on several ranks with gloo, as `torchrun` starts them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# one thread a rank: two spinning ranks on two cores are 15 times slower
+ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def launch(
+    script: Path | str, *arguments: object, nproc: int = 2, timeout: float = 240, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run a script, or with `-m` a module, on `nproc` ranks; with `check`, fail with its output."""
+    target = ["-m", str(script)[3:]] if str(script).startswith("-m ") else [str(script)]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}"),
+        *("--master-addr=127.0.0.1", f"--master-port={free_port()}"),
+        *(*target, *map(str, arguments)),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=environment(), check=False
+    )
+    if check and done.returncode:
+        raise AssertionError(
+            f"{' '.join(command)} ended with {done.returncode}\n"
+            f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+        )
+    return done
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment, set for ranks on a CPU; scripts find molora and the helpers."""
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        **ENVIRONMENT,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        **changes,
+    }
+
+
+def free_port() -> int:
+    """A port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
