@@ -11,12 +11,11 @@ from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from molora.attach import Mixture
-from molora.attach.hooks import DeferredAux
-from molora.attach.side_inputs import SIDE_COLUMNS, share
+from molora.attach.side_inputs import SIDE_COLUMNS
 from molora.errors import AttachError, CheckpointError, ConfigError
 from molora.train import refusals
 from molora.train.checkpointing import MixtureCheckpointing
-from molora.train.window import MetricsWindow, load_summary
+from molora.train.observation import Observation
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -42,7 +41,7 @@ class MixtureTrainerMixin(_Trainer):
 
     Attributes:
         mixture: the mixture.
-        tokens: number trained on, padding not counted, as of the last log.
+        observation: what is watched on the way, for the logs.
 
     Args:
         model: the model that carries `mixture`.
@@ -74,8 +73,7 @@ class MixtureTrainerMixin(_Trainer):
         refusals.check_keywords(keywords, mixture)
         self.mixture = mixture
         self.router_learning_rate = router_learning_rate
-        self._window = MetricsWindow()
-        self.tokens = self._logged_step = 0
+        self.observation = Observation(mixture)
         super().__init__(model, args, **keywords)
         if self.args.n_gpu > 1:
             raise ConfigError(
@@ -103,8 +101,7 @@ class MixtureTrainerMixin(_Trainer):
                 "and data order, so training would silently go on differently. Start a new run; "
                 "molora.load takes the mixture of a checkpoint."
             )
-        self._window = MetricsWindow()
-        self.tokens = self._logged_step = 0
+        self.observation.reset()
         return super().train(None, *args, **kwargs)
 
     # ------------------------------------------------------------------ loss
@@ -119,7 +116,7 @@ class MixtureTrainerMixin(_Trainer):
         """The Trainer's loss plus the weighted auxiliary losses, scaled alike."""
         if not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self.mixture.deferred_aux() as deferred, self.mixture.statistics(self._window.loads):
+        with self.mixture.deferred_aux() as deferred, self.observation.watching():
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
         # both Trainers multiply a loss per global token by the number of processes, because their
@@ -128,20 +125,16 @@ class MixtureTrainerMixin(_Trainer):
         processes = self.accelerator.num_processes if per_token else 1
         if deferred.forwards:
             loss = loss + processes * deferred.weighted(num_items_in_batch).to(loss.device)
-        self._observe(deferred, num_items_in_batch, processes)
-        self._window.add_scalar("tokens", _tokens(inputs).to(loss.device))
-        return (loss, outputs) if return_outputs else loss
-
-    def _observe(
-        self, deferred: DeferredAux, num_items_in_batch: Tensor | int | None, processes: int
-    ) -> None:
         # a loss that is no sum over tokens is averaged over the accumulation steps by the Trainer
         steps = 1 if num_items_in_batch is not None else self.current_gradient_accumulation_steps
-        for aux, supervised in deferred.forwards:
-            weight = share(num_items_in_batch, supervised) * processes / steps
-            self._window.add_scalar("aux_loss", weight * aux.weighted)
-            for name, value in aux.raw.items():
-                self._window.add_scalar(f"aux/{name}", weight * value)
+        self.observation.add_micro_batch(
+            inputs,
+            deferred,
+            num_items_in_batch=num_items_in_batch,
+            scale=processes / steps,
+            device=loss.device,
+        )
+        return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; auxiliary losses and side columns take no part."""
@@ -149,7 +142,7 @@ class MixtureTrainerMixin(_Trainer):
         try:
             return super().evaluate(*args, **kwargs)
         finally:
-            self._window.pause(time.perf_counter() - started)
+            self.observation.pause(time.perf_counter() - started)
 
     # ------------------------------------------------------------------ optimiser
 
@@ -206,37 +199,20 @@ class MixtureTrainerMixin(_Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add what the routers did since the last line to the logs of training."""
         if "loss" in logs:
-            logs.update(self._read_window())
+            logs.update(self._observed())
         elif "train_loss" in logs:
             # the summary of a run whose last steps came after the last line
-            self._read_window()
+            self._observed()
         super().log(logs, *args, **kwargs)
 
-    def _read_window(self) -> dict[str, float]:
-        window, self._window = self._window, MetricsWindow()
-        sums, counts = window.read(
-            average=lambda flat: self.accelerator.reduce(flat, reduction="mean"),
-            device=self.args.device,
-        )
-        steps = max(1, self.state.global_step - self._logged_step)
-        self._logged_step = self.state.global_step
-        tokens = round(sums.pop("tokens", 0.0) * self.accelerator.num_processes)
-        self.tokens += tokens
+    def _observed(self) -> dict[str, float]:
+        found = self.observation.read(step=self.state.global_step, accelerator=self.accelerator)
         # on a base that is itself a mixture of experts TRL logs the base's as "aux_loss"
-        if getattr(self, "aux_loss_enabled", False) and "aux_loss" in sums:
-            sums["molora_aux_loss"] = sums.pop("aux_loss")
-        return {
-            **{name: value / steps for name, value in sums.items()},
-            **load_summary(counts),
-            "tokens": self.tokens,
-            "tokens_per_second": tokens / window.seconds(),
-        }
+        if getattr(self, "aux_loss_enabled", False) and "aux_loss" in found:
+            found["molora_aux_loss"] = found.pop("aux_loss")
+        return found
 
-
-def _tokens(inputs: dict[str, Any]) -> Tensor:
-    """Number of positions of a batch that are not padding."""
-    mask = inputs.get("attention_mask")
-    if mask is not None:
-        return mask.sum()
-    ids = inputs.get("input_ids")
-    return torch.tensor(0 if ids is None else ids.numel())
+    @property
+    def tokens(self) -> int:
+        """Number trained on, padding not counted, as of the last log."""
+        return self.observation.tokens

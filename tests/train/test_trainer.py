@@ -361,7 +361,7 @@ def test_evaluations_do_not_count_as_training_time(
     take(3)
     trainer.evaluate()
     take(2)
-    assert trainer._window.seconds() == 5
+    assert trainer.observation.seconds() == 5
 
 
 def test_dead_experts_are_counted(tmp_path: Path) -> None:
