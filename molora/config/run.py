@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from molora.config.base import Frozen
+from molora.config.base import Frozen, unknown_name
 from molora.config.data import DataConfig
 from molora.config.mixture import MixtureConfig
 
@@ -59,6 +59,20 @@ class TrainConfig(Frozen):
     given."""
     threads: PositiveInt | None = None
     """CPU threads; torch's choice if not given."""
+    deepspeed: str | None = None
+    """zero1, zero2, zero3, zero3_offload, or the path of a JSON file for DeepSpeed, whose name
+    ends in .json; plain data parallelism if not given."""
+    timeout_seconds: PositiveInt = 1800
+    """Longest wait of a process for the others, after which the run stops."""
+
+    @model_validator(mode="after")
+    def _deepspeed_is_a_stage_or_a_file(self) -> Self:
+        names = ["zero1", "zero2", "zero3", "zero3_offload"]
+        chosen = self.deepspeed
+        if chosen is not None and chosen not in names and not chosen.endswith(".json"):
+            hint = unknown_name("name", chosen, names)
+            raise ValueError(f"deepspeed: {hint} Or give the path of a JSON file: PATH.json.")
+        return self
 
 
 class RunConfig(Frozen):

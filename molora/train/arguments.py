@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 
 from molora.config.run import RunConfig, TrainConfig
 from molora.train import checkpointing
+from molora.train.deepspeed_config import deepspeed_config
 
 
 def trainer_arguments(config: RunConfig) -> dict[str, Any]:
     """Keyword arguments for `trl.SFTConfig`; everything that TRL would choose by itself is said."""
     train = config.train
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     return {
         "output_dir": str(config.output_dir),
         "seed": config.seed,
@@ -38,6 +41,8 @@ def trainer_arguments(config: RunConfig) -> dict[str, Any]:
         "use_cpu": not torch.accelerator.is_available(),
         # experts are stacked: none is ever without a gradient
         "ddp_find_unused_parameters": False,
+        "ddp_timeout": train.timeout_seconds,
+        "deepspeed": deepspeed_config(config, world_size=processes),
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": "none",
