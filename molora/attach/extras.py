@@ -61,13 +61,16 @@ class Extras:
         """Every parameter here that gets gradients."""
         return [*self.parameters.values(), *self.row_parameters.values()]
 
+    def stored(self, name: str, value: Tensor) -> tuple[str, Tensor]:
+        """Key and value under which a parameter of the mixture is saved."""
+        if name not in self.row_parameters:
+            return name, value
+        return f"{name}.rows", value[list(self.row_ids)]
+
     def state(self) -> dict[str, Tensor]:
         """Values by name: whole parameters under their own name, rows as `{name}.rows` (n, D)."""
-        rows = {
-            f"{name}.rows": p.detach()[list(self.row_ids)]
-            for name, p in self.row_parameters.items()
-        }
-        return {**{name: p.detach() for name, p in self.parameters.items()}, **rows}
+        named = {**self.parameters, **self.row_parameters}
+        return dict(self.stored(name, p.detach()) for name, p in named.items())
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:

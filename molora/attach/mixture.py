@@ -219,16 +219,25 @@ class Mixture:
 
     # ------------------------------------------------------------------ state
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Experts and routers under their paths, extras under their own names; no copies."""
-        state: dict[str, Tensor] = {}
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Experts and routers under their paths, extras under their own names, each once.
+
+        Frozen roles too. Of a parameter of which only token rows are trained, the whole.
+        """
         for path, bank in self.built.banks.items():
-            state |= {f"{path}.experts.{name}": p.detach() for name, p in bank.named_parameters()}
+            yield from bank.named_parameters(f"{path}.experts")
         for name, site in self.built.sites.items():
-            state |= {
-                f"{name}.router.{key}": p.detach() for key, p in site.router.named_parameters()
-            }
-        return state | self.extras.state()
+            yield from site.router.named_parameters(f"{name}.router")
+        yield from self.extras.parameters.items()
+        yield from self.extras.row_parameters.items()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`named_parameters`, but of token rows these alone, as `{name}.rows`; no other copies."""
+        return {
+            key: value
+            for name, parameter in self.named_parameters()
+            for key, value in [self.extras.stored(name, parameter.detach())]
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
