@@ -81,10 +81,10 @@ class MixtureTrainerMixin(_Trainer):
                 "the auxiliary losses. Start one process per GPU, or show one GPU with "
                 "CUDA_VISIBLE_DEVICES."
             )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_fsdp_enabled:
             raise ConfigError(
-                "accelerate's configuration turns on DeepSpeed or FSDP, which are not supported "
-                "yet. Start with plain data parallelism."
+                "accelerate's configuration turns on FSDP, which is not supported. Use DeepSpeed "
+                "ZeRO-3, or plain data parallelism."
             )
         self.add_callback(MixtureCheckpointing())
 

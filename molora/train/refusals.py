@@ -20,7 +20,6 @@ _UNSUPPORTED = {
     "push_to_hub": "it is not supported. Upload what mixture.save wrote.",
     "use_liger_kernel": "it replaces the forwards of modules that the mixture has taken over, "
     "whose experts then do nothing.",
-    "deepspeed": "DeepSpeed is not supported yet: under ZeRO-3 a saved mixture would be empty.",
     "fsdp": "FSDP is not supported: it is untested, and shards what the mixture reads.",
     "parallelism_config": "tensor, context and sequence parallelism are not supported.",
 }
