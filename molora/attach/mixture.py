@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from molora.attach import parameters
 from molora.attach.build import Built, Surgery
 from molora.attach.extras import Extras
 from molora.attach.hooks import DeferredAux, ForwardHooks, Records
+from molora.attach.parameters import Role
 from molora.attach.plan import Plan
 from molora.attach.side_inputs import SIDE_COLUMNS
 from molora.config import MixtureConfig
@@ -21,8 +23,6 @@ from molora.errors import AttachError, CheckpointError
 from molora.modules import ForwardContext
 from molora.routing import Routing
 from molora.routing.statistics import LoadStatistics
-
-Role = Literal["experts", "router", "other"]
 
 
 class Mixture:
@@ -141,81 +141,61 @@ class Mixture:
 
     def trainable_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Parameters that get gradients: "experts", "router", "other" if extras are declared."""
-        parameters = {
-            "experts": [
-                p
-                for bank in self.built.banks.values()
-                for p in bank.parameters()
-                if p.requires_grad
-            ],
-            "router": [
-                p
-                for site in self.built.sites.values()
-                for p in site.router.parameters()
-                if p.requires_grad
-            ],
-        }
-        other = [p for p in self.extras.trainable() if p.requires_grad]
-        return {**parameters, "other": other} if other else parameters
+        return parameters.trainable(self.built, self.extras)
 
     def parameter_groups(
         self,
         learning_rate: float,
         *,
         router_learning_rate: float | None = None,
+        lora_plus_ratio: float | None = None,
         weight_decay: float = 0.0,
+        weight_decay_B: float | None = None,
+        router_weight_decay: float = 0.0,
     ) -> list[dict[str, Any]]:
-        """Groups for an optimiser.
+        """Groups for an optimiser, named experts.A, experts.B, router, other and other.rows.
 
-        Routers have a learning rate of their own and, like token rows, no weight decay.
-        """
-        roles = self.trainable_parameters()
-        rows = {id(p) for p in self.extras.row_parameters.values()}
-        groups = [
-            {"params": roles["experts"], "lr": learning_rate, "weight_decay": weight_decay},
-            {
-                "params": roles["router"],
-                "lr": learning_rate if router_learning_rate is None else router_learning_rate,
-                "weight_decay": 0.0,
-            },
-            {
-                "params": [p for p in roles.get("other", []) if id(p) not in rows],
-                "lr": learning_rate,
-                "weight_decay": weight_decay,
-            },
-            {
-                "params": [p for p in roles.get("other", []) if id(p) in rows],
-                "lr": learning_rate,
-                "weight_decay": 0.0,
-            },
-        ]
-        return [group for group in groups if group["params"]]
+        Those without trainable parameters are left out.
 
-    def freeze(self, role: Role, *, frozen: bool = True) -> None:
-        """Stop, or with `frozen=False` resume, training the parameters of one role.
+        Args:
+            learning_rate: of all that has none of its own: A, B, declared modules, token rows.
+            router_learning_rate: `learning_rate` if not given.
+            lora_plus_ratio: learning rate of B ÷ that of A (LoRA+, 2402.12354; about 16). As in
+                PEFT, A keeps `learning_rate`; unlike there, so do declared embeddings.
+            weight_decay: of A, B and declared modules; token rows have none.
+            weight_decay_B: of B, instead of `weight_decay`.
+            router_weight_decay: of routers.
 
         Raises:
-            AttachError: no such role.
+            AttachError: every role is frozen.
+            ConfigError: a negative rate.
         """
-        parameters = {
-            "experts": [p for bank in self.built.banks.values() for p in bank.parameters()],
-            "router": [p for site in self.built.sites.values() for p in site.router.parameters()],
-            "other": self.extras.trainable(),
-        }
-        if role not in parameters:
-            raise AttachError(unknown_name("role", role, list(parameters)))
-        for parameter in parameters[role]:
-            parameter.requires_grad_(not frozen)
+        rates = parameters.Rates(
+            learning_rate=learning_rate,
+            router_learning_rate=router_learning_rate,
+            lora_plus_ratio=lora_plus_ratio,
+            weight_decay=weight_decay,
+            weight_decay_B=weight_decay_B,
+            router_weight_decay=router_weight_decay,
+        )
+        return parameters.groups(self.built, self.extras, rates)
+
+    def freeze(self, role: Role, *, frozen: bool = True) -> None:
+        """Stop, or with `frozen=False` resume, training one role; for training in stages.
+
+        Args:
+            role: "experts" (A and B), "A", "B", "router", or "other" (declared modules and token
+                rows). What is declared frozen, as the blocks of imported experts, stays so.
+            frozen: whether to stop or to resume.
+
+        Raises:
+            AttachError: no such role, or one of which the mixture has nothing.
+        """
+        parameters.freeze(self.built, self.extras, role, frozen=frozen)
 
     def num_parameters(self) -> dict[str, int]:
         """Number of trainable parameters by role; token rows count only the rows that change."""
-        counts = {
-            role: sum(p.numel() for p in ps) for role, ps in self.trainable_parameters().items()
-        }
-        rows = [p for p in self.extras.row_parameters.values() if p.requires_grad]
-        for parameter in rows:
-            counts["other"] -= parameter.numel() - len(self.extras.row_ids) * parameter.shape[1]
-        return counts
+        return parameters.counts(self.built, self.extras)
 
     # ------------------------------------------------------------------ state
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class ExpertBank(nn.Module):
     gradient on one rank trains silently wrong under ZeRO.
     """
 
+    FACTOR_ROLES: ClassVar = {"lora_A": "A", "lora_B": "B"}
+    """Role of each factor in learning rates and freezing, whatever its shape."""
     scaling: Tensor
 
     def __init__(
@@ -55,6 +57,7 @@ class ExpertBank(nn.Module):
         self.lora_A = nn.Parameter(first.lora_A, requires_grad=first.trainable)
         self.lora_B = nn.Parameter(first.lora_B, requires_grad=first.trainable)
         self.register_buffer("scaling", first.scaling, persistent=False)
+        self.trainable = first.trainable
         for number, block in enumerate(rest, start=1):
             self.add_module(str(number), ExpertBank([block], backend=backend))
         self.backend = backend
@@ -69,6 +72,12 @@ class ExpertBank(nn.Module):
         """The blocks in the order of their experts; the bank itself is the first."""
         yield self
         yield from (child for child in self.children() if isinstance(child, ExpertBank))
+
+    def factors(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(role, parameter) of every factor of the blocks that are meant to be trained."""
+        for block in self.blocks():
+            if block.trainable:
+                yield from ((role, getattr(block, n)) for n, role in block.FACTOR_ROLES.items())
 
     def forward(self, x_TD: Tensor, routing: Routing | None) -> Tensor:
         """(T, in) and its rows' decision → (T, out); without one, all experts act with gate 1."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import molora
 from molora.config import MixtureConfig
-from molora.presets import lora, mixlora, mola
+from molora.presets import mixlora, mola
 
 EXPERTS = {"num_experts": 3, "rank": 5}
 
@@ -128,84 +128,6 @@ def test_only_the_mixture_is_trained(family: str, config: MixtureConfig) -> None
         optimiser.zero_grad()
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == set(trainable)
-
-
-class TestRoles:
-    @pytest.fixture
-    def mixture(self) -> molora.Mixture:
-        config = mola(**EXPERTS, train_modules=["lm_head"], train_tokens={"ids": [4, 9]})
-        return molora.attach(tiny("llama"), config)
-
-    def test_counts(self, mixture: molora.Mixture) -> None:
-        per_layer = [(32, 48), (32, 24), (32, 24), (48, 32), (32, 40), (32, 40), (40, 32)]
-        counts = {
-            "experts": 2 * 3 * 5 * sum(i + o for i, o in per_layer),
-            "router": 2 * 3 * sum(i for i, _ in per_layer),
-            "other": 96 * 32 + 2 * 32,  # the whole head, and two rows of the embedding
-        }
-        assert mixture.num_parameters() == counts
-        mixture.freeze("other")
-        assert mixture.num_parameters() == {
-            "experts": counts["experts"],
-            "router": counts["router"],
-        }
-
-    def test_groups_hold_every_parameter_once(self, mixture: molora.Mixture) -> None:
-        groups = mixture.parameter_groups(1e-3, router_learning_rate=0.0, weight_decay=0.1)
-        rows = list(mixture.extras.row_parameters.values())
-        roles = mixture.trainable_parameters()
-        assert [(g["lr"], g["weight_decay"], len(g["params"])) for g in groups] == [
-            (1e-3, 0.1, 2 * 14),
-            (0.0, 0.0, 14),
-            (1e-3, 0.1, 1),
-            (1e-3, 0.0, 1),
-        ]
-        assert groups[3]["params"][0] is rows[0]
-        everything = [id(p) for g in groups for p in g["params"]]
-        assert sorted(everything) == sorted(id(p) for ps in roles.values() for p in ps)
-        assert len(set(everything)) == len(everything)
-        assert mixture.parameter_groups(1e-3)[1]["lr"] == 1e-3
-
-    @pytest.mark.parametrize("role", ["experts", "router", "other"])
-    def test_a_frozen_role_gets_no_gradient_until_it_is_thawed(
-        self, mixture: molora.Mixture, role: Any
-    ) -> None:
-        randomize(mixture)
-        model = mixture.model.train()
-
-        def learning() -> set[str]:
-            model.zero_grad()
-            model(**batch_for(model)).loss.backward()
-            roles = {
-                "experts": [p for bank in mixture.built.banks.values() for p in bank.parameters()],
-                "router": list(routers(mixture).values()),
-                "other": mixture.extras.trainable(),
-            }
-            for parameters in roles.values():
-                assert len({p.grad is None for p in parameters}) == 1
-            return {name for name, ps in roles.items() if ps[0].grad is not None}
-
-        every = {"experts", "router", "other"}
-        assert learning() == every
-        mixture.freeze(role)
-        assert learning() == every - {role}
-        assert not mixture.trainable_parameters().get(role)
-        assert len(mixture.parameter_groups(1e-3)) == (2 if role == "other" else 3)
-        mixture.freeze(role, frozen=False)
-        assert learning() == every
-
-    def test_an_unknown_role_is_an_error(self, mixture: molora.Mixture) -> None:
-        with pytest.raises(
-            molora.AttachError, match=r"unknown role 'routers'\. Close names: router"
-        ):
-            mixture.freeze("routers")  # type: ignore[arg-type]
-
-
-def test_a_plain_lora_has_no_router_group() -> None:
-    _, mixture = adapted(lora(rank=5))
-    (only,) = mixture.parameter_groups(1e-3)
-    assert len(only["params"]) == 28
-    assert mixture.num_parameters()["router"] == 0
 
 
 def test_a_state_dict_that_does_not_fit_changes_nothing() -> None:
