@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from molora.attach import Mixture
 from molora.attach.side_inputs import SIDE_COLUMNS
-from molora.errors import AttachError, CheckpointError, ConfigError
+from molora.errors import CheckpointError, ConfigError
 from molora.train import refusals
 from molora.train.checkpointing import MixtureCheckpointing
 from molora.train.observation import Observation
@@ -32,7 +32,7 @@ class MixtureTrainerMixin(_Trainer):
     * Auxiliary losses enter the loss here, in `compute_loss`, whichever way the Trainer makes it:
       a micro-batch's count by its share of the batch's supervised tokens, as its cross entropy
       does, so the gradient does not depend on accumulation or on the number of processes.
-    * The optimiser holds what the mixture declares, routers with a learning rate of their own.
+    * The optimiser holds what the mixture declares, in the groups of `Mixture.parameter_groups`.
     * Checkpoints and `save_model` hold the mixture alone, readable by `molora.load`.
     * Gradient checkpointing is non-re-entrant, with `molora.checkpoint_context`.
     * Logs gain ``aux_loss`` (weighted, a part of ``loss``), ``aux/NAME`` (each term before its
@@ -47,7 +47,8 @@ class MixtureTrainerMixin(_Trainer):
         model: the model that carries `mixture`.
         args: the Trainer's arguments.
         mixture: what `molora.attach` returned.
-        router_learning_rate: the experts' (`args.learning_rate`) if not given.
+        router_learning_rate, lora_plus_ratio, weight_decay_B, router_weight_decay: as
+            `Mixture.parameter_groups` takes them, beside the arguments' learning rate and decay.
         keywords: everything else that the Trainer class takes, by name.
 
     Raises:
@@ -66,13 +67,21 @@ class MixtureTrainerMixin(_Trainer):
         *,
         mixture: Mixture,
         router_learning_rate: float | None = None,
+        lora_plus_ratio: float | None = None,
+        weight_decay_B: float | None = None,
+        router_weight_decay: float = 0.0,
         **keywords: Any,
     ) -> None:
         refusals.check_model(model, mixture)
         refusals.check_arguments(args, mixture)
         refusals.check_keywords(keywords, mixture)
         self.mixture = mixture
-        self.router_learning_rate = router_learning_rate
+        self._rates: dict[str, Any] = {
+            "router_learning_rate": router_learning_rate,
+            "lora_plus_ratio": lora_plus_ratio,
+            "weight_decay_B": weight_decay_B,
+            "router_weight_decay": router_weight_decay,
+        }
         self.observation = Observation(mixture)
         super().__init__(model, args, **keywords)
         if self.args.n_gpu > 1:
@@ -165,14 +174,11 @@ class MixtureTrainerMixin(_Trainer):
                     "train exactly the mixture. Use an optimiser such as adamw_torch."
                 )
             groups = self.mixture.parameter_groups(
-                rate,
-                router_learning_rate=self.router_learning_rate,
-                weight_decay=self.args.weight_decay,
+                rate, weight_decay=self.args.weight_decay, **self._rates
             )
-            if not groups:
-                raise AttachError("every role of the mixture is frozen: nothing would be trained.")
             self.optimizer = cls(groups, **options)
         refusals.check_trained_set(self.mixture, self.optimizer)
+        refusals.check_can_learn(self.mixture)
         return self.optimizer
 
     # ------------------------------------------------------------------ files

@@ -98,6 +98,22 @@ def check_trained_set(mixture: Mixture, optimizer: torch.optim.Optimizer) -> Non
     )
 
 
+def check_can_learn(mixture: Mixture) -> None:
+    """Raise AttachError if every B is zero and frozen: experts then add nothing, and neither A nor
+    routers get a gradient from the task, ever."""
+    roles = mixture.trainable_parameters()
+    if not (roles["experts"] or roles["router"]):
+        return
+    ups = [p for bank in mixture.built.banks.values() for r, p in bank.factors() if r == "B"]
+    # a partitioned parameter is empty, and cannot be seen here
+    if ups and all(p.numel() and not p.requires_grad and not p.any() for p in ups):
+        raise AttachError(
+            "B is frozen while it is zero in all experts, so these add nothing, and neither A nor "
+            "routers would learn from the task. Train B first, or start from trained experts: "
+            "train.start_from in a file, molora.load in code."
+        )
+
+
 def _names(model: nn.Module, ids: set[int]) -> str:
     names = [name for name, parameter in model.named_parameters() if id(parameter) in ids]
     foreign = len(ids) - len(names)
