@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # What a load or an importance is has one definition, shared with what is logged.
     "losses": ("routing.record", "routing.statistics"),
     "modules": ("routing", "experts", "kernels"),
-    "io": ("config",),
+    "io": ("config", "version"),
     "attach": (
         *("config", "io", "losses", "routing", "experts", "modules", "version"),
         "kernels.backend",

@@ -8,6 +8,7 @@ an unfinished file or a large one that nobody names, is deleted by the next save
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -50,6 +51,19 @@ def is_partial(path: Path) -> bool:
 def is_stale(path: Path) -> bool:
     """Whether it is an unfinished file that nobody writes any more."""
     return is_partial(path) and time.time() - path.stat().st_mtime > STALE_SECONDS
+
+
+def tidy(
+    directory: Path, *, manifest: str, tensors: re.Pattern[str], leftover: Callable[[Path], bool]
+) -> None:
+    """Delete files named from their content (`tensors`, its group 1 is the hash) that the manifest
+    does not name, and leftovers. What cannot be deleted now does no harm; a later save does it."""
+    with contextlib.suppress(OSError):
+        text = (directory / manifest).read_bytes() if (directory / manifest).exists() else b""
+        for path in directory.iterdir():
+            digits = tensors.fullmatch(path.name)
+            if leftover(path) or (digits and digits[1].encode() not in text):
+                path.unlink()
 
 
 def flush(path: Path) -> None:

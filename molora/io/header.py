@@ -7,18 +7,23 @@ import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
-from pydantic import NonNegativeInt
+import torch
+from pydantic import Field, NonNegativeInt
 
 from molora.config.base import Frozen
 from molora.errors import CheckpointError, ConfigError
 
 MAX_HEADER = 100_000_000
 """Bytes; the header's length is read before anything else, so its claim is not trusted."""
-DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Types that a tensor of a mixture may have, as safetensors and torch name them."""
-ITEM_SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+INTEGERS = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
+DTYPES = FLOATS | INTEGERS | {"BOOL": "bool"}
+"""Types that a stored tensor may have: the state of training has more than a mixture."""
+ITEM_SIZES = {name: getattr(torch, name).itemsize for name in DTYPES.values()}
+METADATA = "__metadata__"
+"""A key of the header that is no tensor."""
 
 
 class TensorInfo(Frozen):
@@ -26,7 +31,7 @@ class TensorInfo(Frozen):
 
     shape: tuple[NonNegativeInt, ...]
     """Sizes."""
-    dtype: Literal["float64", "float32", "bfloat16", "float16"]
+    dtype: str = Field(pattern=f"^({'|'.join(DTYPES.values())})$")
     """torch's name."""
 
     @property
@@ -41,7 +46,7 @@ class TensorInfo(Frozen):
 class _Entry(Frozen):
     """A tensor's entry in the header."""
 
-    dtype: Literal["F64", "F32", "BF16", "F16"]
+    dtype: str = Field(pattern=f"^({'|'.join(DTYPES)})$")
     shape: tuple[NonNegativeInt, ...]
     data_offsets: tuple[NonNegativeInt, NonNegativeInt]
 
@@ -67,18 +72,18 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     Raises:
         CheckpointError: a file that is no safetensors file, is cut short or longer than its header
-            says, or has types that a mixture does not have.
+            says, or has types that we do not write.
     """
     header, start, size = _read_json(path)
     infos: dict[str, TensorInfo] = {}
     for name, data in header.items():
-        if name == "__metadata__":
+        if name == METADATA:
             continue
         try:
             entry = _Entry.parse(data)
         except ConfigError as error:
             raise CheckpointError(
-                f"{path}: the header's entry of {name!r} is none that a mixture has: {error}."
+                f"{path}: the header's entry of {name!r} is none that we write: {error}."
             ) from None
         infos[name] = TensorInfo.parse({"shape": entry.shape, "dtype": DTYPES[entry.dtype]})
         begin, end = entry.data_offsets

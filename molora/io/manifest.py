@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
-from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from molora.config import MixtureConfig
 from molora.config.base import Frozen
-from molora.errors import CheckpointError, ConfigError
-from molora.io.header import TensorInfo
+from molora.io import sealed
+from molora.io.header import FLOATS, TensorInfo
 
 FORMAT_VERSION = 1
-CHECKSUM = "checksum"
 
 
 class BaseFingerprint(Frozen):
@@ -45,6 +41,16 @@ class Manifest(Frozen):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Hash of the tensor file; its name has the first 16 digits."""
 
+    @field_validator("tensors")
+    @classmethod
+    def _are_floats(cls, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+        for name, info in tensors.items():
+            if info.dtype not in FLOATS.values():
+                raise ValueError(
+                    f"{name} is {info.dtype}; a mixture has {', '.join(FLOATS.values())}"
+                )
+        return tensors
+
     @property
     def tensors_file(self) -> str:
         """Name of the file with the tensors."""
@@ -58,43 +64,23 @@ def tensors_file(sha256: str) -> str:
 
 def dump_manifest(manifest: Manifest) -> str:
     """The text of the JSON file."""
-    data = manifest.model_dump(mode="json")
-    return json.dumps({**data, CHECKSUM: _checksum(data)}, indent=2) + "\n"
+    return sealed.dump(manifest)
 
 
 def parse_manifest(text: str, *, where: str) -> Manifest:
     """The checked content of the JSON file; `where` is its name for messages.
 
-    Layout and order of the text are free; every value is covered by the checksum, because a
-    changed alpha or temperature would load without another sign of damage.
-
     Raises:
-        CheckpointError: damaged text, unknown keys, a newer format, values that were changed.
+        CheckpointError: damaged text, unknown keys, a newer format, values that were changed: an
+            alpha or temperature would load without another sign of damage.
     """
-    try:
-        data = json.loads(text)
-    # ValueError: text that is no JSON, and integers of too many digits
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not readable JSON: {error}.") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{where} is damaged: {type(data).__name__}, not a dict.")
-    version = data.get("format_version")
-    if isinstance(version, int | float) and version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{where} has format version {version}; this molora reads up to {FORMAT_VERSION}. "
-            "Upgrade molora."
-        )
-    stated = data.pop(CHECKSUM, None)
-    try:
-        manifest = Manifest.parse(data)
-    except ConfigError as error:
-        raise CheckpointError(f"{where} is damaged: {_printable(str(error))}") from None
-    if stated != _checksum(data):
-        raise CheckpointError(
-            f"{where} does not have the checksum that it states: a value was changed or damaged. "
-            "Save the mixture again, or take an undamaged copy."
-        )
-    return manifest
+    return sealed.parse(
+        text,
+        Manifest,
+        where=where,
+        newest=FORMAT_VERSION,
+        remedy="Save the mixture again, or take an undamaged copy.",
+    )
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -103,18 +89,4 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         CheckpointError: as there, or a file that cannot be read.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}.") from None
-    return parse_manifest(text, where=str(path))
-
-
-def _checksum(data: dict[str, Any]) -> str:
-    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _printable(text: str) -> str:
-    """Without the control characters that a damaged or hostile file could send to a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return parse_manifest(sealed.read_text(path), where=str(path))

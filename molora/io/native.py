@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from molora.config import MixtureConfig
 from molora.errors import CheckpointError
 from molora.io import atomic
 from molora.io import manifest as manifests
-from molora.io.header import ITEM_SIZES, TensorInfo, header_bytes, read_header
+from molora.io.files import contained, sha256
+from molora.io.header import FLOATS, read_header
 from molora.io.manifest import FORMAT_VERSION, BaseFingerprint, Manifest, tensors_file
+from molora.io.tensors import info_of, map_tensors, widest_first, write_tensors
 
 MANIFEST = "molora.json"
 TENSORS = re.compile(r"molora-([0-9a-f]{16})\.safetensors")
@@ -75,13 +76,12 @@ def read_tensors(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
     path = _contained(directory, manifest.tensors_file)
     try:
         _check_header(path, manifest)
-        if _sha256(path) != manifest.sha256:
+        if sha256(path) != manifest.sha256:
             raise CheckpointError(
                 f"{path} does not have the SHA-256 that {MANIFEST} gives. The file was changed or "
                 "damaged. Take an undamaged copy."
             )
-        with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name) for name in manifest.tensors}
+        tensors = map_tensors(path, manifest.tensors)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
     for name, tensor in tensors.items():
@@ -112,11 +112,11 @@ def _write(
     base: BaseFingerprint,
     molora_version: str,
 ) -> None:
-    infos = {name: _info(tensor) for name, tensor in tensors.items()}
+    infos = {name: info_of(name, tensor) for name, tensor in tensors.items()}
     file = atomic.put(
         directory,
-        lambda path: _write_tensors(path, tensors, infos),
-        lambda path: tensors_file(_sha256(path)),
+        lambda path: write_tensors(path, tensors, infos),
+        lambda path: tensors_file(sha256(path)),
     )
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -124,21 +124,10 @@ def _write(
         mixture=mixture,
         base=base,
         tensors=infos,
-        sha256=_sha256(file),
+        sha256=sha256(file),
     )
     text = manifests.dump_manifest(manifest).encode()
     atomic.put(directory, lambda path: path.write_bytes(text), lambda _: MANIFEST)
-
-
-def _write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], infos: Mapping[str, TensorInfo]
-) -> None:
-    """A safetensors file, without the copies in memory and the unnamed temporary file that the
-    library makes."""
-    with path.open("wb") as file:
-        file.write(header_bytes(infos))
-        for tensor in tensors.values():
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _tidy(directory: Path, *, also_itself: bool) -> None:
@@ -146,31 +135,24 @@ def _tidy(directory: Path, *, also_itself: bool) -> None:
 
     `also_itself`: and the directory, if it is empty then.
     """
-    # What cannot be deleted now does no harm, and is deleted by a later save.
-    with contextlib.suppress(OSError):
-        manifest = directory / MANIFEST
-        named = manifest.read_bytes() if manifest.exists() else b""
-        for path in directory.iterdir():
-            digits = TENSORS.fullmatch(path.name)
-            if atomic.is_stale(path) or (digits and digits[1].encode() not in named):
-                path.unlink()
-        if also_itself and not named:
+    atomic.tidy(directory, manifest=MANIFEST, tensors=TENSORS, leftover=atomic.is_stale)
+    if also_itself and not (directory / MANIFEST).exists():
+        with contextlib.suppress(OSError):
             directory.rmdir()
 
 
 def _storable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, after every check that saving needs; the widest types come first, so
-    that each is aligned in the file."""
+    """The tensors on the CPU, after every check that saving needs, in the order of the file."""
     tensors: dict[str, Tensor] = {}
-    for name, tensor in sorted(state.items(), key=lambda item: (-item[1].itemsize, item[0])):
+    for name, tensor in widest_first(state).items():
         if tensor.numel() == 0:
             raise CheckpointError(
                 f"{name} is empty, as partitioned parameters are. Gather the parameters of the "
                 "mixture and save inside, e.g. under deepspeed.zero.GatheredParameters."
             )
-        if str(tensor.dtype).removeprefix("torch.") not in ITEM_SIZES:
+        if str(tensor.dtype).removeprefix("torch.") not in FLOATS.values():
             raise CheckpointError(
-                f"{name} is {tensor.dtype}; a mixture stores {', '.join(ITEM_SIZES)}."
+                f"{name} is {tensor.dtype}; a mixture stores {', '.join(FLOATS.values())}."
             )
         _check_finite(name, tensor)
         tensors[name] = tensor.detach().cpu().contiguous()
@@ -197,28 +179,10 @@ def _check_finite(name: str, tensor: Tensor) -> None:
         raise CheckpointError(f"{name} holds NaN or infinity. It is neither saved nor loaded.")
 
 
-def _sha256(path: Path) -> str:
-    """Hash of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _info(tensor: Tensor) -> TensorInfo:
-    return TensorInfo.parse(
-        {"shape": tuple(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-    )
-
-
 def _contained(directory: Path, name: str) -> Path:
-    """The file in the directory itself: a link could lead anywhere."""
-    path = directory / name
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory with a saved mixture.")
-    if path.is_symlink():
-        raise CheckpointError(f"{path} is a link. A saved mixture holds its files itself.")
-    if not path.is_file():
-        raise CheckpointError(
-            f"{directory} has no {name}. A saved mixture has {MANIFEST} and the safetensors file "
-            "that it names."
-        )
-    return path
+    return contained(
+        directory,
+        name,
+        what="a saved mixture",
+        parts=f"{MANIFEST} and the safetensors file that it names",
+    )

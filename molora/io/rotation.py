@@ -1,0 +1,171 @@
+"""The checkpoints of a run: which is the newest complete one, and which are deleted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from molora.errors import CheckpointError, ConfigError
+from molora.io import atomic, checkpoint, native
+from molora.io.checkpoint import Checkpoint, read_checkpoint
+
+NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+"""Names of directories with a checkpoint; the number is the step."""
+
+
+class Rotation(NamedTuple):
+    """What `rotate` did."""
+
+    deleted: tuple[Path, ...]
+    """Directories that are gone, or are checkpoints no more."""
+    failed: dict[Path, str]
+    """Directories that could not be deleted, and why."""
+
+
+def checkpoint_directory(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step belongs."""
+    return output_dir / f"checkpoint-{step}"
+
+
+def complete_checkpoints(output_dir: Path) -> tuple[list[Checkpoint], dict[Path, str]]:
+    """All complete checkpoints, oldest first, and the directories that are none, with the reason.
+
+    Reads and hashes every file; `newest_complete` is cheaper.
+
+    Raises:
+        CheckpointError: a directory that cannot be listed.
+    """
+    skipped: dict[Path, str] = {}
+    return list(_complete(output_dir, skipped))[::-1], skipped
+
+
+def newest_complete(output_dir: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """The complete checkpoint of the highest step, and the newer directories that are none, with
+    the reason. Older ones are not looked at.
+
+    Raises:
+        CheckpointError: a directory that cannot be listed.
+    """
+    skipped: dict[Path, str] = {}
+    return next(_complete(output_dir, skipped), None), skipped
+
+
+def rotate(output_dir: Path, *, limit: int | None, keep: Collection[Path] = ()) -> Rotation:
+    """Delete the oldest checkpoints beyond `limit`, and what killed saves left.
+
+    The newest complete checkpoint and those of `keep`, e.g. the best one and the one just written,
+    stay and count; if they alone are more than `limit`, they all stay. None as `limit` deletes
+    leftovers alone. Newer directories than the newest complete one, links, directories of other
+    names, and files in a checkpoint that are none of its own stay.
+
+    Raises:
+        ConfigError: a limit below 1.
+        CheckpointError: a directory that cannot be listed.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"The limit of checkpoints is {limit}. Keep at least 1, or set none.")
+    newest, _ = newest_complete(output_dir)
+    if newest is None:
+        return Rotation((), {})
+    kept = {newest.directory.resolve(), *(path.resolve() for path in keep)}
+    older = [path for step, path in _directories(output_dir) if step < newest.step]
+    spare = [path for path in older if path.resolve() not in kept and _looks_complete(path)]
+    if limit is not None:
+        room = limit - sum(path.exists() for path in kept)
+        spare = spare[: max(room, 0)]
+    kept |= {path.resolve() for path in spare}
+    deleted, failed = [], {}
+    for path in reversed(older):  # the oldest first
+        if path.resolve() not in kept:
+            try:
+                if delete_checkpoint(path):
+                    deleted.append(path)
+            except OSError as error:
+                failed[path] = str(error)
+    return Rotation(tuple(deleted), failed)
+
+
+def delete_checkpoint(directory: Path) -> bool:
+    """Delete a checkpoint, or what a killed save or deletion left of one; whether there was any.
+
+    It is invisible before its first file goes. Files that are none of its own stay, and so does a
+    directory without a manifest that holds such files: it may be another program's.
+
+    Raises:
+        OSError: from deleting.
+    """
+    if directory.is_symlink():
+        return False
+    manifest, renamed = directory / checkpoint.MANIFEST, directory / checkpoint.DELETED
+    if manifest.exists():
+        listed = _listed(manifest)
+        os.replace(manifest, renamed)
+        atomic.flush(directory)
+    elif renamed.exists():
+        listed = _listed(renamed)
+    elif all(_is_ours(path.name) for path in directory.iterdir()):
+        listed = frozenset()
+    else:
+        return False
+    for path in directory.iterdir():
+        if path.name in listed or _is_ours(path.name):
+            path.unlink()
+    renamed.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # files of others
+        directory.rmdir()
+    return True
+
+
+def _complete(output_dir: Path, skipped: dict[Path, str]) -> Iterator[Checkpoint]:
+    """From the newest to the oldest; directories that are passed over go to `skipped`."""
+    for step, path in _directories(output_dir):
+        try:
+            found = read_checkpoint(path)
+        except CheckpointError as error:
+            skipped[path] = str(error)
+            continue
+        if found.step == step:
+            yield found
+        else:
+            skipped[path] = f"{path} holds step {found.step}. Name it checkpoint-{found.step}."
+
+
+def _directories(output_dir: Path) -> list[tuple[int, Path]]:
+    """Step and path of everything that is named like a checkpoint, the newest first; no links."""
+    try:
+        paths = list(output_dir.iterdir()) if output_dir.exists() else []
+    except OSError as error:
+        raise CheckpointError(f"{output_dir} cannot be listed: {error}.") from None
+    named = [(found, path) for path in paths if (found := NAME.fullmatch(path.name))]
+    steps = [(int(found[1]), path) for found, path in named if not path.is_symlink()]
+    return sorted((entry for entry in steps if entry[1].is_dir()), reverse=True)
+
+
+def _looks_complete(directory: Path) -> bool:
+    """As far as the manifest and sizes tell."""
+    try:
+        checkpoint.check_sizes(directory, checkpoint.read_manifest(directory))
+    except CheckpointError:
+        return False
+    return True
+
+
+def _listed(manifest: Path) -> frozenset[str]:
+    """Files that a manifest names, whatever it is called; none if it is damaged."""
+    try:
+        return frozenset(checkpoint.parse_manifest(manifest).files)
+    except CheckpointError:
+        return frozenset()
+
+
+def _is_ours(name: str) -> bool:
+    return (
+        name in {native.MANIFEST, checkpoint.STATE}
+        or native.TENSORS.fullmatch(name) is not None
+        or checkpoint.TENSORS.fullmatch(name) is not None
+        or atomic.PARTIAL.fullmatch(name) is not None
+    )
