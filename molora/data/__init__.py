@@ -2,6 +2,7 @@
 
 from molora.data.collate import Collator, padding_id
 from molora.data.mask import IGNORED, Encoded, RowEncoder
+from molora.data.packing import PackingRates, pack, packing_rates
 from molora.data.read import read
 from molora.data.rows import Row
 from molora.data.tokenized import Counts, Tokenized, tokenize
@@ -11,9 +12,12 @@ __all__ = [
     "Collator",
     "Counts",
     "Encoded",
+    "PackingRates",
     "Row",
     "RowEncoder",
     "Tokenized",
+    "pack",
+    "packing_rates",
     "padding_id",
     "read",
     "tokenize",

@@ -1,0 +1,159 @@
+"""Several sequences in one row, so that fewer positions of a batch are padding."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from molora.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    # of the extra `train`: who only generates needs no data sets
+    from datasets import Dataset
+
+LENGTHS = "seq_lengths"
+"""Column of a packed data set: the lengths of a row's sequences, in order (TRL's name for it)."""
+
+_TOKENS = ("input_ids", "labels")
+# Rows whose tokens are gathered at one time: Arrow's lists count their values in 32 bits.
+_CHUNK = 10_000
+
+
+@dataclass(frozen=True)
+class PackingRates:
+    """What packing makes of sequences of given lengths."""
+
+    bins: int
+    """Rows after packing."""
+    sequences: int
+    """Rows before."""
+    tokens: int
+    width: int
+    """Positions of a bin, ``max_length``."""
+
+    @property
+    def fill(self) -> float:
+        """Percentage of the bins' positions that hold a token."""
+        return 100 * self.tokens / (self.bins * self.width) if self.bins else 0.0
+
+    @property
+    def sequences_per_bin(self) -> float:
+        return self.sequences / self.bins if self.bins else 0.0
+
+
+def packing_rates(lengths: Sequence[int], max_length: int) -> PackingRates:
+    """The outcome of :func:`pack` on sequences of these lengths, without packing any."""
+    bins = best_fit(lengths, max_length)
+    return PackingRates(len(bins), len(lengths), sum(lengths), max_length)
+
+
+def best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """The numbers of the sequences in each bin, by best-fit decreasing.
+
+    The longest sequence goes first, each into the fullest bin that has room for it (D. S. Johnson,
+    Near-optimal bin packing algorithms, 1973; at most 11/9 of the fewest bins possible, plus 4). In
+    a bin sequences keep their order, and so do bins by their first sequence: whoever reads them in
+    order meets the data about as it stands. The same lengths give the same bins. O(n log n + n w)
+    for n sequences and w distinct rooms left, at most ``width``.
+
+    Raises:
+        DataError: a sequence that is longer than a bin, or empty.
+    """
+    for number, length in enumerate(lengths):
+        if not 0 < length <= width:
+            raise DataError(
+                f"sequence {number} has {length} tokens, but a packed row holds 1 to {width}. Cut "
+                "sequences to max_length before packing, and leave out empty ones."
+            )
+    bins: list[list[int]] = []
+    rooms: list[int] = []  # ascending, each once: the rooms that any open bin has
+    with_room: dict[int, list[list[int]]] = {}
+    for number in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        length = lengths[number]
+        place = bisect_left(rooms, length)
+        if place < len(rooms):
+            room = rooms[place]
+            chosen = with_room[room].pop()
+            if not with_room[room]:
+                del rooms[place], with_room[room]
+        else:
+            room, chosen = width, []
+            bins.append(chosen)
+        chosen.append(number)
+        left = room - length
+        if left and left not in with_room:
+            insort(rooms, left)
+        if left:
+            with_room.setdefault(left, []).append(chosen)
+    return sorted(sorted(members) for members in bins)
+
+
+def pack(dataset: Dataset, max_length: int) -> Dataset:
+    """The same sequences, as many to a row as fit into ``max_length`` tokens; none is cut.
+
+    ``input_ids`` and ``labels`` of a row are those of its sequences one after the other, every
+    other column is a list with one value per sequence, and ``seq_lengths`` tells the sequences
+    apart. :class:`Collator` makes batches of it in which no sequence sees another.
+
+    Raises:
+        DataError: a row that is longer than ``max_length`` or empty, or a data set that is packed
+            already.
+    """
+    from datasets import concatenate_datasets
+
+    if LENGTHS in dataset.column_names:
+        raise DataError(
+            f"the data set has a column `{LENGTHS}`: it is packed already. Pack a data set once, "
+            "with one sequence per row."
+        )
+    lengths = _lengths(dataset)
+    chunks = [_packed(dataset, bins, lengths) for bins in _chunks(best_fit(lengths, max_length))]
+    return concatenate_datasets(chunks) if chunks else dataset
+
+
+def _lengths(dataset: Dataset) -> list[int]:
+    import pyarrow.compute as pc
+
+    lengths: list[int] = []
+    for table in dataset.select_columns(["input_ids"]).with_format("arrow").iter(_CHUNK):
+        lengths += pc.list_value_length(table["input_ids"]).to_pylist()
+    return lengths
+
+
+def _chunks(bins: list[list[int]]) -> Iterator[list[list[int]]]:
+    for first in range(0, len(bins), _CHUNK):
+        yield bins[first : first + _CHUNK]
+
+
+def _packed(dataset: Dataset, bins: list[list[int]], lengths: Sequence[int]) -> Dataset:
+    import pyarrow as pa
+    from datasets import Dataset
+
+    order = [number for members in bins for number in members]
+    table: pa.Table = dataset.select(order).with_format("arrow")[:]
+    by_token = _ends(sum(lengths[number] for number in members) for members in bins)
+    by_sequence = _ends(len(members) for members in bins)
+    columns: dict[str, Any] = {}
+    for name in table.column_names:
+        values = table[name].combine_chunks()
+        columns[name] = (
+            pa.ListArray.from_arrays(by_token, values.flatten())
+            if name in _TOKENS
+            else pa.ListArray.from_arrays(by_sequence, values)
+        )
+    own = pa.array([lengths[number] for number in order], pa.int32())
+    columns[LENGTHS] = pa.ListArray.from_arrays(by_sequence, own)
+    return Dataset(pa.table(columns))
+
+
+def _ends(counts: Iterator[int]) -> pa.Array:
+    import pyarrow as pa
+
+    ends = [0]
+    for count in counts:
+        ends.append(ends[-1] + count)
+    return pa.array(ends, pa.int32())
