@@ -37,7 +37,7 @@ def train(
       molora train configs/mola.yaml --dry-run
       molora train configs/mola.yaml --output-dir runs/mola train.max_steps=100 mixture.rank=16
     """
-    from molora.cli.overrides import load_run
+    from molora.presets.overrides import load_run
 
     run = load_run(config, overrides or [], output_dir=output_dir)
     if dry_run:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from tiny_runs import write_rows
 
-from molora.cli.overrides import load_run
+from molora.presets.overrides import load_run
 from molora.config.run import RunConfig
 from molora.errors import ConfigError
 

@@ -9,7 +9,7 @@ from typing import Any
 from molora.config.run import RunConfig
 from molora.config.yaml import parse_yaml, read_yaml
 from molora.errors import ConfigError
-from molora.presets import run_config
+from molora.presets.load import run_config
 
 
 def load_run(path: Path, overrides: Sequence[str], *, output_dir: Path | None) -> RunConfig:
