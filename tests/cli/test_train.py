@@ -11,9 +11,9 @@ import pytest
 import yaml
 from tiny_runs import write_rows
 
-from molora.presets.overrides import load_run
 from molora.config.run import RunConfig
 from molora.errors import ConfigError
+from molora.presets.overrides import load_run
 
 MIXTURE = {"preset": "mola", "num_experts": [2, 3], "rank": 2, "dropout": 0.0}
 
