@@ -14,15 +14,15 @@ from molora.attach import parameters
 from molora.attach.build import Built, Surgery
 from molora.attach.extras import Extras
 from molora.attach.hooks import DeferredAux, ForwardHooks, Records
-from molora.attach.parameters import Role
 from molora.attach.plan import Plan
 from molora.attach.side_inputs import SIDE_COLUMNS
 from molora.config import MixtureConfig
 from molora.config.base import unknown_name
+from molora.config.roles import Role
 from molora.errors import AttachError, CheckpointError
 from molora.modules import ForwardContext
 from molora.routing import Routing
-from molora.routing.statistics import LoadStatistics
+from molora.routing.statistics import RoutingStatistics
 
 
 class Mixture:
@@ -81,13 +81,13 @@ class Mixture:
             yield collected
 
     @contextmanager
-    def statistics(self, into: LoadStatistics | None = None) -> Iterator[LoadStatistics]:
-        """Accumulate the load of every expert over the forwards inside, on the device.
+    def statistics(self, into: RoutingStatistics | None = None) -> Iterator[RoutingStatistics]:
+        """Count loads, entropies and margins of every site over the forwards inside, on the device.
 
         Args:
             into: goes on counting here; a new count if not given.
         """
-        statistics = LoadStatistics() if into is None else into
+        statistics = RoutingStatistics() if into is None else into
         with self._observed_by(statistics.update):
             yield statistics
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, get_args
 
 from torch import nn
 
 from molora.attach.build import Built
 from molora.attach.extras import Extras
 from molora.config.base import unknown_name
+from molora.config.roles import Role
 from molora.errors import AttachError, ConfigError
 
-Role = Literal["experts", "A", "B", "router", "other"]
-ROLES = ("experts", "A", "B", "router", "other")
+ROLES = get_args(Role)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from molora import io
 from molora.attach.attach import attach, check_attachable
@@ -20,15 +20,34 @@ if TYPE_CHECKING:
     from molora.attach.mixture import Mixture
 
 
-def save_mixture(mixture: Mixture, directory: Path) -> None:
-    """Write a mixture; see `molora.io.native.write`."""
+def save_mixture(
+    mixture: Mixture,
+    directory: Path,
+    *,
+    state: dict[str, Tensor] | None = None,
+    base: io.BaseFingerprint | None = None,
+) -> None:
+    """Write a mixture; see `molora.io.native.write`.
+
+    Args:
+        mixture: what to write.
+        directory: where.
+        state: its tensors, where an engine partitions the parameters; the mixture's own if not
+            given.
+        base: the fingerprint of its base, where that cannot be read now.
+    """
     io.write(
         directory,
-        state=mixture.state_dict(),
+        state=mixture.state_dict() if state is None else state,
         mixture=mixture.config,
-        base=fingerprint(mixture.model, exclude=_not_base(mixture)),
+        base=base_fingerprint(mixture) if base is None else base,
         molora_version=VERSION,
     )
+
+
+def base_fingerprint(mixture: Mixture) -> io.BaseFingerprint:
+    """The fingerprint of the frozen base below a mixture."""
+    return fingerprint(mixture.model, exclude=_not_base(mixture))
 
 
 def load(model: nn.Module, directory: str | Path) -> Mixture:
@@ -59,6 +78,49 @@ def load(model: nn.Module, directory: str | Path) -> Mixture:
         mixture.detach()
         raise
     return mixture
+
+
+def load_values(mixture: Mixture, directory: str | Path) -> None:
+    """Copy the values saved in `directory` into a mixture that is attached, all or none.
+
+    Its configuration may differ in what only training reads: losses, dropout, noise, starting
+    values, backend and the preset's name.
+
+    Raises:
+        CheckpointError: damaged files, another base model, experts or routers that compute
+            something else, tensors that do not fit; each is named.
+    """
+    directory = Path(directory)
+    manifest = io.read_manifest(directory)
+    check_same_base(mixture.model, manifest.base)
+    saved, own = (_lasting(config.model_dump()) for config in (manifest.mixture, mixture.config))
+    other = [n for n in {**own, **saved} if own.get(n, "absent") != saved.get(n, "absent")]
+    if other:
+        shown = "; ".join(
+            f"{name} is {saved.get(name, 'absent')!r} there and {own.get(name, 'absent')!r} here"
+            for name in other[:4]
+        )
+        raise CheckpointError(
+            f"the mixture in {directory} is another one: {shown}. Use its own configuration; "
+            "losses, dropout, noise and backend may differ."
+        )
+    mixture.load_state_dict(io.read_tensors(directory, manifest))
+
+
+_OF_TRAINING = {"method", "losses", "backend", "dropout", "noise_std", "jitter", "init"}
+
+
+def _lasting(config: Any, path: str = "") -> dict[str, Any]:
+    """Path → value of a dumped configuration, without what does not show after training."""
+    if not isinstance(config, dict | list | tuple):
+        return {path: config}
+    items = config.items() if isinstance(config, dict) else enumerate(config)
+    parts = [
+        _lasting(value, f"{path}.{key}" if path else str(key))
+        for key, value in items
+        if key not in _OF_TRAINING
+    ]
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def _check_size(model: nn.Module, manifest: io.Manifest) -> None:

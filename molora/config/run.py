@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from molora.config.base import Frozen, unknown_name
 from molora.config.data import DataConfig
 from molora.config.mixture import MixtureConfig
+from molora.config.roles import Role
 
 
 class ModelConfig(Frozen):
@@ -36,12 +37,24 @@ class TrainConfig(Frozen):
     """Rows per process and forward."""
     gradient_accumulation: PositiveInt = 1
     """Forwards per optimiser step."""
+    start_from: Path | None = None
+    """Directory of a saved mixture with the same experts and routers, whose values the run starts
+    with: a stage after another."""
+    freeze: tuple[Role, ...] = ()
+    """Roles that are not trained: experts (A and B), A, B, router, other (declared modules and
+    token rows)."""
     learning_rate: PositiveFloat = 2e-4
-    """Peak learning rate of the experts."""
+    """Peak learning rate of the experts, and of declared modules and token rows."""
+    lora_plus_ratio: PositiveFloat | None = None
+    """Learning rate of B ÷ that of A (LoRA+, 2402.12354: about 16); equal if not given."""
     router_learning_rate: PositiveFloat | None = None
     """Peak learning rate of the routers; the experts' if not given."""
     weight_decay: NonNegativeFloat = 0.0
-    """AdamW weight decay of the experts; routers have none."""
+    """AdamW weight decay of the experts and of declared modules."""
+    weight_decay_B: NonNegativeFloat | None = None
+    """AdamW weight decay of B, instead of weight_decay."""
+    router_weight_decay: NonNegativeFloat = 0.0
+    """AdamW weight decay of the routers."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning-rate schedule after warm-up."""
     warmup_ratio: float = Field(default=0.03, ge=0, le=1)

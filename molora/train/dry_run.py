@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from molora.attach import Mixture, attach
+from molora.attach import Mixture
 from molora.config.run import RunConfig
 from molora.train.loading import load_skeleton
+from molora.train.start import attached
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def dry_run(config: RunConfig) -> DryRun:
     """
     model = load_skeleton(config.model)
     base_parameters = sum(p.numel() for p in model.parameters())
-    mixture = attach(model, config.mixture, seed=config.seed)
+    mixture = attached(config, model)
     return describe(mixture, model=config.model.name, base_parameters=base_parameters)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 
 from molora import __version__
-from molora.attach import Mixture, attach
+from molora.attach import Mixture
 from molora.attach.losses import required_columns
 from molora.config import MixtureConfig
 from molora.config.run import RunConfig
@@ -32,6 +32,7 @@ from molora.train.loading import load_model, load_tokenizer
 from molora.train.metrics import MetricsWriter, measured
 from molora.train.mixin import ADAPTER
 from molora.train.progress import ProgressDisplay
+from molora.train.start import attached
 
 if TYPE_CHECKING:
     from molora.train.trainer import SFTTrainer
@@ -82,7 +83,7 @@ def train(config: RunConfig, *, progress: bool = True) -> TrainResult:
         check_columns(config.mixture, data)
         model = load_model(config.model)
         base_parameters = sum(p.numel() for p in model.parameters())
-        mixture = attach(model, config.mixture, seed=config.seed)
+        mixture = attached(config, model)
         table = describe(mixture, model=config.model.name, base_parameters=base_parameters)
         config.output_dir.mkdir(parents=True, exist_ok=True)
         (config.output_dir / CONFIG).write_text(as_yaml(config), encoding="utf-8")
@@ -157,6 +158,9 @@ def _trainer(
         SFTConfig(**trainer_arguments(config)),
         mixture=mixture,
         router_learning_rate=config.train.router_learning_rate,
+        lora_plus_ratio=config.train.lora_plus_ratio,
+        weight_decay_B=config.train.weight_decay_B,
+        router_weight_decay=config.train.router_weight_decay,
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=tokenizer,
