@@ -80,7 +80,7 @@ class Utilisation:
 
     @classmethod
     def from_loads(cls, loads: Mapping[str, Mapping[str, Any]]) -> Utilisation:
-        """From `LoadStatistics.loads()` of each task: tensors or sequences of floats."""
+        """From `RoutingStatistics.loads()` of each task: tensors or sequences of floats."""
         return cls(
             {
                 task: {

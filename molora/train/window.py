@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.routing.statistics import LoadStatistics
+from molora.routing.statistics import RoutingStatistics
 
 
 class MetricsWindow:
     """Auxiliary losses, loads and tokens of the optimiser steps since the last line of metrics."""
 
     def __init__(self) -> None:
-        self.loads = LoadStatistics()
+        self.loads = RoutingStatistics()
         self._scalars: dict[str, Tensor] = {}
         self._started = time.perf_counter()
 

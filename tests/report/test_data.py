@@ -8,7 +8,7 @@ from report_samples import mola_loads
 
 from molora.report import Curve, Layer, Utilisation
 from molora.report.data import layer_of
-from molora.routing.statistics import LoadStatistics
+from molora.routing.statistics import RoutingStatistics
 
 Q = "model.layers.3.self_attn.q_proj"
 OUT = "model.layers.3.self_attn.o_proj"
@@ -73,8 +73,8 @@ def test_layers_of_a_triangle_have_different_numbers_of_experts() -> None:
 
 
 def test_loads_of_statistics_go_in_as_they_are() -> None:
-    statistics = LoadStatistics()
-    statistics._counts = {Q: torch.tensor([3.0, 1.0])}
+    statistics = RoutingStatistics()
+    statistics.add({Q: torch.tensor([3.0, 1.0, 2.5, 1.5, 4.0, 0.5, 0.5])})
     assert Utilisation.from_loads({"t": statistics.loads()}).loads == {"t": {Q: (0.75, 0.25)}}
 
 

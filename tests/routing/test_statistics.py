@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from routing_records import collapsed_logits, dense_record, top_k_record
 
 from molora.routing import Routing, concatenate, statistics
-from molora.routing.statistics import LoadStatistics
+from molora.routing.statistics import RoutingStatistics
 
 RECORD = Routing(
     logits=None,
@@ -27,9 +27,13 @@ RECORD = Routing(
 
 
 def load_of(record: Routing) -> torch.Tensor:
-    counted = LoadStatistics()
+    counted = RoutingStatistics()
     counted.update({"site": [record]})
     return counted.loads()["site"]
+
+
+def sums_of(record: Routing) -> torch.Tensor:
+    return statistics.row_sums([record])[0]
 
 
 def share_of_gates(record: Routing) -> torch.Tensor:
@@ -92,7 +96,7 @@ def test_padding_changes_nothing(rows, padding, left, seed):
     mask = torch.cat([torch.full((len(part),), valid) for part, valid in parts])
     padded = top_k_record(torch.cat([part for part, _ in parts]), 2, mask=mask)
     alone = top_k_record(logits_TE, 2)
-    for statistic in (load_of, statistics.gate_mass, statistics.entropy):
+    for statistic in (load_of, statistics.gate_mass, statistics.entropy, sums_of):
         torch.testing.assert_close(statistic(padded), statistic(alone))
     unmasked = dataclasses.replace(padded, mask=None)
     assert not torch.allclose(statistics.entropy(unmasked), statistics.entropy(alone), atol=1e-6)
@@ -113,19 +117,80 @@ def test_entropy_has_a_finite_gradient_where_the_softmax_underflows(gap):
     assert logits_TE.grad[1].abs().max() > 0.01
 
 
-def test_load_statistics_accumulate_over_forwards_like_one_pooled_record():
+def test_sums_over_rows_by_hand():
+    found = statistics.Sums(sums_of(RECORD))
+    assert found.counts.tolist() == [2, 1, 1]
+    torch.testing.assert_close(found.mass.float(), torch.tensor([1.7, 0.45, 0.85]))
+    assert found.rows == 3
+    assert found.entropy.item() == pytest.approx(statistics.entropy(RECORD).item(), rel=1e-6)
+    assert found.margin.item() == pytest.approx((0.25 + 0.4 + 1.0) / 3)
+
+
+def test_mass_and_margin_of_sigmoid_scores_are_those_of_their_shares():
+    scores_TE = torch.tensor([[0.9, 0.3, 0.3], [0.2, 0.2, 0.1]])
+    record = dataclasses.replace(dense_record(torch.zeros(2, 3)), scores=scores_TE)
+    found = statistics.Sums(sums_of(record))
+    torch.testing.assert_close(found.mass.float(), torch.tensor([1.0, 0.6, 0.4]))
+    assert found.margin.item() == pytest.approx((0.4 + 0.0) / 2)
+
+
+def test_one_expert_alone_has_all_the_margin():
+    found = statistics.Sums(sums_of(dense_record(torch.zeros(4, 1))))
+    assert (found.margin, found.entropy, found.rows) == (1, 0, 4)
+
+
+def test_statistics_accumulate_over_forwards_like_one_pooled_record():
     first, second = (top_k_record(torch.randn(rows, 4), 2) for rows in (3, 8))
     other = top_k_record(torch.randn(5, 3, requires_grad=True), 1)
-    running = LoadStatistics()
+    running = RoutingStatistics()
     running.update({"a": [first], "b": [other]})
     running.update({"a": [second, first]})
 
-    loads = running.loads()
+    pooled = concatenate([first, second, first])
+    torch.testing.assert_close(running.sums()["a"], sums_of(pooled), rtol=1e-6, atol=0)
+    assert torch.equal(running.sums()["b"], sums_of(other))
+    assert torch.equal(running.loads()["a"], load_of(pooled))
+    assert running.entropies()["a"].item() == pytest.approx(statistics.entropy(pooled).item())
+    assert 0.05 < running.margins()["a"] < 0.95
+    assert not running.sums()["b"].requires_grad
+    assert not torch.equal(running.loads()["a"], load_of(first))
+    assert RoutingStatistics().loads() == {}
 
-    torch.testing.assert_close(
-        loads["a"], load_of(concatenate([first, second, first])), rtol=1e-6, atol=0
-    )
-    torch.testing.assert_close(loads["b"], load_of(other))
-    assert not loads["b"].requires_grad
-    assert not torch.equal(loads["a"], load_of(first))
-    assert LoadStatistics().loads() == {}
+
+@pytest.mark.parametrize("limit", [1, 50, 10**9])
+def test_sites_are_summed_alike_whether_together_or_apart(limit, monkeypatch):
+    monkeypatch.setattr(statistics, "STACKED_SCORES", limit)
+    masks = [None, torch.tensor([True, True, False, True])]
+    records = {
+        f"{experts}.{number}": [top_k_record(torch.randn(4, experts), 2, mask=masks[number % 2])]
+        for experts in (3, 5)
+        for number in range(4)
+    }
+    running = RoutingStatistics()
+    running.update(records)
+    found = running.sums()
+    assert set(found) == set(records)
+    for site, (record,) in records.items():
+        torch.testing.assert_close(found[site], sums_of(record), rtol=1e-6, atol=0)
+    assert not torch.equal(found["3.0"], found["3.2"])
+
+
+def test_what_another_count_found_can_be_added():
+    record, other = (top_k_record(torch.randn(6, 4), 2) for _ in range(2))
+    whole, part, rest = (RoutingStatistics() for _ in range(3))
+    whole.update({"a": [record, other], "b": [other]})
+    part.update({"a": [record], "b": [other]})
+    rest.update({"a": [other]})
+    part.add(rest.sums())
+    torch.testing.assert_close(part.sums(), whole.sums(), rtol=1e-12, atol=0)
+    part.update({"b": [record]})
+    assert part.sums()["b"][:4].sum() == 24
+
+
+def test_rows_beyond_the_exact_range_of_float32_are_counted():
+    one = RoutingStatistics()
+    one.update({"a": [top_k_record(torch.randn(1, 2), 1)]})
+    many = RoutingStatistics()
+    many.add({"a": one.sums()["a"] * 2**24})
+    many.add(one.sums())
+    assert many.counts()["a"].sum() == 2**24 + 1
