@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -34,6 +34,10 @@ class AuxLosses:
     """Scalar, in the graph: Σ coefficient · reduced term."""
     raw: Mapping[str, Tensor]
     """Name → reduced term before its coefficient, detached."""
+    sites: tuple[str, ...] = ()
+    """The sites that had records."""
+    per_site: Mapping[str, Tensor] = field(default_factory=dict)
+    """Name → (sites,) term of each site, detached; for losses of scope "site" only."""
 
 
 def total(
@@ -54,6 +58,7 @@ def total(
     """
     weighted = torch.zeros((), dtype=torch.float32)
     raw: dict[str, Tensor] = {}
+    per_site: dict[str, Tensor] = {}
     for loss in losses:
         values = [loss.term(pool, side) for pool in _pools(records, loss, layer_of)]
         if not values:
@@ -62,7 +67,10 @@ def total(
         reduced = stacked.mean() if loss.reduction == "mean" else stacked.sum()
         weighted = weighted.to(reduced.device) + loss.coefficient * reduced
         raw[loss.name] = reduced.detach()
-    return AuxLosses(weighted, raw)
+        if loss.scope == "site":
+            per_site[loss.name] = stacked.detach()
+    sites = tuple(site for site, site_records in records.items() if site_records)
+    return AuxLosses(weighted, raw, sites, per_site)
 
 
 def _pools(

@@ -62,6 +62,15 @@ def test_total_is_the_coefficient_times_the_reduced_pools(scope, mask, pools, re
     }
 
 
+def test_a_loss_per_site_tells_the_term_of_each_site():
+    two = [weighted(name="a", coefficient=2.0, reduction="sum"), weighted(name="b", scope="layer")]
+    aux = total({**RECORDS, "2.q": []}, two, layer_of=LAYERS, side={})
+    assert aux.sites == ("0.q", "0.up", "1.q")
+    assert {name: values.tolist() for name, values in aux.per_site.items()} == {
+        "a": [1.0, 4.0, 17.5]
+    }
+
+
 def test_a_layer_pools_its_own_sites_only():
     same_width = {**RECORDS, "1.q": [constant(4, 7.0)]}
     for scope, pools in {"layer": [2.5, 7.0], "model": [(2 + 8 + 28) / 8]}.items():
