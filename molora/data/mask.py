@@ -23,8 +23,13 @@ class Encoded:
 
     input_ids: list[int]
     labels: list[int]
-    truncated: bool
-    """Whether ``max_length`` cut something off; then the last answer may lack its stop token."""
+    length: int
+    """Number of tokens before ``max_length`` cut some off."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether ``max_length`` cut it; then the last answer may lack its stop token."""
+        return self.length > len(self.input_ids)
 
     @property
     def supervised(self) -> int:
@@ -159,7 +164,7 @@ class RowEncoder:
         if all(label == IGNORED for label in labels):
             raise DataError(f"{where}: no token of the row would be supervised.")
         limit = self._max_length
-        return Encoded(ids[:limit], labels[:limit], truncated=len(ids) > limit)
+        return Encoded(ids[:limit], labels[:limit], length=len(ids))
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, choice: str) -> ChatTemplate | None:

@@ -1,16 +1,18 @@
-"""Rows of local JSONL, JSON, parquet and CSV files, checked one by one."""
+"""Rows of JSONL, JSON, parquet and CSV files and of data sets, checked one by one."""
 
 from __future__ import annotations
 
 import csv
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from molora.config.data import DataSource
+from molora.config.data import Columns, DataSource
+from molora.data.hub import dataset_rows
 from molora.data.rows import Row, check_row
 from molora.errors import DataError
 
@@ -18,26 +20,31 @@ _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv
 
 
 def read(source: DataSource) -> Iterator[Row]:
-    """The checked rows of a file, in order; columns that :class:`Row` does not have are not read.
+    """The checked rows of a source, in order; columns that :class:`Row` does not have are not read.
 
-    The file is read lazily, and by the plain parsers: ``datasets.load_dataset`` turns a column of
-    ``"2024-01-01"`` into timestamps and gives no line number for a fault.
+    A file is read lazily, and by the plain parsers: ``datasets.load_dataset`` turns a column of
+    ``"2024-01-01"`` into timestamps and gives no line number for a fault. Data sets given by name
+    come with the types that they were published with, or that `datasets` guessed.
 
     Raises:
-        DataError: naming file, row, rule and remedy, for a file that is missing, empty or of
-            unknown format, and for a row that is not of exactly one of the three forms.
+        DataError: naming source, row, rule and remedy, for a file that is missing, empty or of
+            unknown format, for a data set that cannot be loaded, and for a row that is not of
+            exactly one of the three forms.
     """
-    path = _resolve(source)
+    if source.path is None:
+        place, records = source.shown, dataset_rows(source)
+    else:
+        path = _resolve(source, source.path.expanduser())
+        place, records = path.name, _records(path, source)
     empty = True
-    for where, fields in islice(_records(path, source), source.rows):
+    for where, fields in islice(records, source.rows):
         empty = False
-        yield check_row(fields, f"{path.name}, {where}", source)
+        yield check_row(fields, f"{place}, {where}", source)
     if empty:
-        raise DataError(f"{path} has no rows. A data file needs at least one.")
+        raise DataError(f"{source.shown} has no rows. A source of data needs at least one.")
 
 
-def _resolve(source: DataSource) -> Path:
-    path = source.path.expanduser()
+def _resolve(source: DataSource, path: Path) -> Path:
     if not path.exists():
         raise DataError(f"{path} does not exist. {_names_near(path)}")
     if path.is_file():
@@ -72,7 +79,12 @@ def _names_near(path: Path) -> str:
 def _records(path: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
     """(place in the file, parsed row) pairs."""
     kind = _format(path) if source.format == "auto" else source.format
-    readers = {"jsonl": _jsonl, "json": _json, "csv": _csv, "parquet": _parquet}
+    readers: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+        "jsonl": _jsonl,
+        "json": _json,
+        "csv": partial(_csv, number_columns=_number_columns(source)),
+        "parquet": _parquet,
+    }
     try:
         yield from readers[kind](path)
     except UnicodeDecodeError as error:
@@ -118,7 +130,13 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"row {number}", row
 
 
-def _csv(path: Path) -> Iterator[tuple[str, Any]]:
+def _number_columns(source: DataSource) -> list[str]:
+    """The names that the source has for the columns of whole numbers."""
+    names = source.columns or Columns()
+    return [names.task_types or "task_types", names.cluster_ids or "cluster_ids"]
+
+
+def _csv(path: Path, number_columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Every cell is text, ``01`` and ``NA`` too; an empty cell is a column that the row lacks."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         for number, row in enumerate(csv.DictReader(file), 1):
@@ -128,8 +146,9 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
                     "Quote cells that hold commas or line breaks."
                 )
             fields: dict[str, Any] = {name: cell for name, cell in row.items() if cell}
-            if fields.get("task_types", "").isdecimal():
-                fields["task_types"] = int(fields["task_types"])
+            for column in number_columns:
+                if fields.get(column, "").isdecimal():
+                    fields[column] = int(fields[column])
             yield f"row {number}", fields
 
 

@@ -24,6 +24,7 @@ class Row:
     text: str | None = None
     task: str | None = None
     task_types: int | None = None
+    cluster_ids: int | None = None
     label: str | None = None
     """The right one of ``choices``."""
     choices: tuple[str, ...] | None = None
@@ -31,25 +32,41 @@ class Row:
 
 
 def check_row(fields: Any, where: str, source: DataSource) -> Row:
-    """The row that ``fields`` holds; what the source says about task and task type goes first.
+    """The row that ``fields`` holds; what the source says about task, type and cluster goes first.
 
     Raises:
         DataError: naming ``where``, the rule and the value, for a row that is not of exactly one
-            form, an empty or wrongly typed column, and a label that is none of the choices.
+            form, an empty, missing or wrongly typed column, and a label that is none of the
+            choices.
     """
     if not isinstance(fields, Mapping):
         raise DataError(f"{where}: a row is an object with named columns, not {_shown(fields)}.")
     # None is absent: parquet cannot leave a column out of single rows, and fills nested ones
-    present = _without_none(fields)
+    present = _renamed(_without_none(fields), where, source)
     label, choices = _scoring(present, where)
     return Row(
         where=where,
         task=_task(present, where, source),
-        task_types=_task_types(present, where, source),
+        task_types=_number(present, "task_types", source.task_types, where),
+        cluster_ids=_number(present, "cluster_ids", source.cluster_ids, where),
         label=label,
         choices=choices,
         **_body(present, where),
     )
+
+
+def _renamed(present: Mapping[str, Any], where: str, source: DataSource) -> Mapping[str, Any]:
+    """The columns by our names, where the source says what it calls them."""
+    if source.columns is None:
+        return present
+    named = {ours: theirs for ours, theirs in source.columns if theirs is not None}
+    for ours, theirs in named.items():
+        if theirs not in present:
+            raise DataError(
+                f"{where}: `columns` says that `{ours}` is called {theirs!r}, but the row's "
+                f"columns are: {', '.join(present) or 'none'}."
+            )
+    return {ours: present[theirs] for ours, theirs in named.items()}
 
 
 def _body(present: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -109,13 +126,11 @@ def _task(present: Mapping[str, Any], where: str, source: DataSource) -> str | N
     return task
 
 
-def _task_types(present: Mapping[str, Any], where: str, source: DataSource) -> int | None:
-    value = source.task_types if source.task_types is not None else present.get("task_types")
+def _number(present: Mapping[str, Any], name: str, of_source: int | None, where: str) -> int | None:
+    value = of_source if of_source is not None else present.get(name)
     # bool is an int in Python, and True would silently become task type 1
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-        raise DataError(
-            f"{where}: `task_types` must be a whole number from 0 on, not {_shown(value)}."
-        )
+        raise DataError(f"{where}: `{name}` must be a whole number from 0 on, not {_shown(value)}.")
     return value
 
 

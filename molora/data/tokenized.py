@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
 from molora.config.data import DataConfig, DataSource
-from molora.data.mask import RowEncoder
+from molora.data.mask import Encoded, RowEncoder
+from molora.data.mixing import drawn_per_epoch, epoch_indices
 from molora.data.read import read
 from molora.data.rows import Row
 from molora.errors import DataError
@@ -20,7 +23,8 @@ if TYPE_CHECKING:
 
 # Examples that are Python lists at one time; Arrow then holds them at 4 bytes a token and column.
 _CHUNK = 1000
-_COLUMNS = ("input_ids", "labels", "task", "task_types")
+_NUMBERS = ("task_types", "cluster_ids")
+_COLUMNS = ("input_ids", "labels", "task", *_NUMBERS)
 
 
 @dataclass
@@ -38,11 +42,28 @@ class Counts:
     supervised: int = 0
     """Tokens with a loss."""
 
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*map(add, astuple(self), astuple(other)))
+
+
+@dataclass
+class Part:
+    """What one source gives."""
+
+    source: DataSource
+    counts: Counts = field(default_factory=Counts)
+    lengths: Counter[int] = field(default_factory=Counter)
+    """Tokens of an example before ``max_length`` cuts it → number of such examples, those that are
+    left out among them."""
+    drawn: int = 0
+    """Examples in an epoch; of a training source, by its share."""
+
 
 @dataclass(frozen=True)
 class Tokenized:
     """Datasets with the columns ``input_ids``, ``labels`` and, where the rows have them,
-    ``task_ids`` (the place of the row's task in ``tasks``) and ``task_types``."""
+    ``task_ids`` (the place of the row's task in ``tasks``), ``task_types`` and ``cluster_ids``.
+    ``train`` holds the examples of one epoch."""
 
     train: Dataset
     train_counts: Counts
@@ -50,76 +71,107 @@ class Tokenized:
     eval_counts: Counts | None
     tasks: tuple[str, ...]
     """Names of all tasks in train and eval, sorted; empty where the rows have none."""
+    train_parts: tuple[Part, ...]
+    """One per source, in order."""
+    eval_parts: tuple[Part, ...]
 
 
-def tokenize(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Tokenized:
-    """Read, check and tokenise all files of a config; for TRL with ``skip_prepare_dataset``.
+def tokenize(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> Tokenized:
+    """Read, check, tokenise and mix all sources of a config; for TRL with ``skip_prepare_dataset``.
 
     A row that ``max_length`` cuts keeps what fits and is counted; if nothing supervised is left of
     it, it is left out and counted. Either every row of train and eval has a task or none has, and
-    every row of train (of eval) has a task type or none has.
+    every row of train (of eval) has a task type or none has, and likewise a cluster.
+
+    Args:
+        seed: draws the examples of an epoch where sources are mixed (see ``molora.data.mixing``).
 
     Raises:
-        DataError: for each fault of a file or row (see :func:`read` and :class:`RowEncoder`), and
-            when no training or no evaluation example is left.
+        DataError: for each fault of a source or row (see :func:`read` and :class:`RowEncoder`),
+            when no training or no evaluation example is left, and for a source without a share.
     """
     encoder = RowEncoder(
         tokenizer, max_length=config.max_length, chat_template=config.chat_template
     )
     tasks_seen = _AllOrNone("task")
-    train, train_counts = _encode(config.train, encoder, tasks_seen)
-    evaluation, eval_counts = None, None
-    if config.eval:
-        evaluation, eval_counts = _encode(config.eval, encoder, tasks_seen)
+    train, train_parts = _encode(config.train, encoder, tasks_seen)
+    evaluation, eval_parts = (
+        _encode(config.eval, encoder, tasks_seen) if config.eval else (None, ())
+    )
     names = {*train["task"], *(evaluation["task"] if evaluation is not None else ())} - {None}
     tasks = tuple(sorted(names))
     return Tokenized(
-        train=_with_side_columns(train, tasks),
-        train_counts=train_counts,
+        train=_mixed(_with_side_columns(train, tasks), train_parts, config, seed),
+        train_counts=sum((part.counts for part in train_parts), Counts()),
         eval=None if evaluation is None else _with_side_columns(evaluation, tasks),
-        eval_counts=eval_counts,
+        eval_counts=sum((part.counts for part in eval_parts), Counts()) if eval_parts else None,
         tasks=tasks,
+        train_parts=train_parts,
+        eval_parts=eval_parts,
     )
+
+
+def _mixed(dataset: Dataset, parts: Sequence[Part], config: DataConfig, seed: int) -> Dataset:
+    """The examples of an epoch; without weights and temperature, all as they stand."""
+    sizes = [part.counts.examples for part in parts]
+    drawn = drawn_per_epoch(config, sizes)
+    for part, count in zip(parts, drawn, strict=True):
+        part.drawn = count
+    return dataset if drawn == sizes else dataset.select(epoch_indices(sizes, drawn, seed).numpy())
 
 
 def _encode(
     sources: Sequence[DataSource], encoder: RowEncoder, tasks_seen: _AllOrNone
-) -> tuple[Dataset, Counts]:
-    counts, types_seen = Counts(), _AllOrNone("task_types")
+) -> tuple[Dataset, tuple[Part, ...]]:
+    parts = tuple(Part(source) for source in sources)
+    numbers_seen = [_AllOrNone(name) for name in _NUMBERS]
     chunks, columns = [], _empty()
-    for row in _rows(sources, counts):
+    for row, part in _rows(parts):
+        numbers = [getattr(row, name) for name in _NUMBERS]
         tasks_seen.check(row.task, row.where)
-        types_seen.check(row.task_types, row.where)
+        for seen, value in zip(numbers_seen, numbers, strict=True):
+            seen.check(value, row.where)
         for example in encoder(row):
-            if example.supervised == 0:
-                counts.dropped += 1
-                continue
-            counts.examples += 1
-            counts.truncated += example.truncated
-            counts.tokens += len(example.input_ids)
-            counts.supervised += example.supervised
-            values = (example.input_ids, example.labels, row.task, row.task_types)
-            for column, value in zip(columns.values(), values, strict=True):
-                column.append(value)
+            if _count(example, part):
+                values = (example.input_ids, example.labels, row.task, *numbers)
+                for column, value in zip(columns.values(), values, strict=True):
+                    column.append(value)
         if len(columns["task"]) >= _CHUNK:
             chunks.append(_dataset(columns))
             columns = _empty()
     chunks.append(_dataset(columns))
-    if counts.examples == 0:
+    for part in parts:
+        part.drawn = part.counts.examples
+    if all(part.counts.examples == 0 for part in parts):
+        rows = sum(part.counts.rows for part in parts)
         raise DataError(
-            f"max_length cuts all {counts.rows} rows of {', '.join(str(s.path) for s in sources)} "
+            f"max_length cuts all {rows} rows of {', '.join(s.shown for s in sources)} "
             "before their first supervised token. Raise max_length, or shorten the prompts."
         )
     from datasets import concatenate_datasets
 
-    return concatenate_datasets(chunks), counts
+    return concatenate_datasets(chunks), parts
 
 
-def _rows(sources: Sequence[DataSource], counts: Counts) -> Iterator[Row]:
-    for source in sources:
-        for row in read(source):
-            counts.rows += 1
-            yield row
+def _count(example: Encoded, part: Part) -> bool:
+    """Count an example; whether it is one to train on."""
+    counts = part.counts
+    part.lengths[example.length] += 1
+    if example.supervised == 0:
+        counts.dropped += 1
+        return False
+    counts.examples += 1
+    counts.truncated += example.truncated
+    counts.tokens += len(example.input_ids)
+    counts.supervised += example.supervised
+    return True
+
+
+def _rows(parts: Sequence[Part]) -> Iterator[tuple[Row, Part]]:
+    for part in parts:
+        for row in read(part.source):
+            part.counts.rows += 1
+            yield row, part
 
 
 def _empty() -> dict[str, list[Any]]:
@@ -130,7 +182,7 @@ def _dataset(columns: dict[str, list[Any]]) -> Dataset:
     from datasets import Dataset, Features, List, Value
 
     tokens = List(Value("int32"))
-    types = (tokens, tokens, Value("string"), Value("int64"))
+    types = (tokens, tokens, Value("string"), *[Value("int64")] * len(_NUMBERS))
     return Dataset.from_dict(columns, Features(dict(zip(_COLUMNS, types, strict=True))))
 
 
@@ -139,9 +191,8 @@ def _with_side_columns(dataset: Dataset, tasks: tuple[str, ...]) -> Dataset:
     if tasks:
         index = {task: number for number, task in enumerate(tasks)}
         dataset = dataset.add_column("task_ids", [index[task] for task in dataset["task"]])
-    if dataset["task_types"][0] is None:
-        dataset = dataset.remove_columns("task_types")
-    return dataset.remove_columns("task")
+    absent = [name for name in _NUMBERS if dataset[name][0] is None]
+    return dataset.remove_columns(["task", *absent])
 
 
 @dataclass

@@ -205,7 +205,8 @@ def test_max_length_cuts_the_end_and_says_so(plain_tokenizer):
     encoder = RowEncoder(plain_tokenizer, max_length=len(whole.input_ids) - 1)
     (cut,) = encoder(row(prompt="capital: ", completion="of France is Paris"))
     assert not whole.truncated
-    assert cut == Encoded(whole.input_ids[:-1], whole.labels[:-1], truncated=True)
+    assert cut == Encoded(whole.input_ids[:-1], whole.labels[:-1], length=whole.length)
+    assert cut.truncated
     (nothing,) = RowEncoder(plain_tokenizer, max_length=2)(
         row(prompt="Hello there", completion="x")
     )

@@ -37,15 +37,13 @@ def rows_of(path: Path, **source: Any) -> list[Row]:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "csv"])
 def test_every_format_gives_the_same_rows(tmp_path, suffix):
+    numbers = {"task_types": 1, "cluster_ids": 15}
     rows = [
-        {"prompt": "01", "completion": "NA", "task": "x", "task_types": 1},
-        {"prompt": "2024-01-01", "completion": "null", "task": "y", "task_types": 0},
+        {"prompt": "01", "completion": "NA", "task": "x", **numbers},
+        {"prompt": "2024-01-01", "completion": "null", "task": "y", **numbers, "task_types": 0},
     ]
     read_rows = rows_of(write(tmp_path / f"train.{suffix}", rows))
-    assert [
-        {"prompt": r.prompt, "completion": r.completion, "task": r.task, "task_types": r.task_types}
-        for r in read_rows
-    ] == rows
+    assert [{name: getattr(row, name) for name in rows[0]} for row in read_rows] == rows
     assert read_rows[1].where.startswith(f"train.{suffix}, ")
     assert read_rows[1].where.endswith(" 2")
 
@@ -84,9 +82,31 @@ def test_messages_lose_the_nulls_that_parquet_adds(tmp_path):
 
 
 def test_source_settings_go_before_columns(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{**PAIR, "task": "column", "task_types": 3}] * 5)
-    rows = rows_of(path, task="source", task_types=0, rows=2)
-    assert [(row.task, row.task_types) for row in rows] == [("source", 0)] * 2
+    columns = {"task": "column", "task_types": 3, "cluster_ids": 4}
+    path = write(tmp_path / "a.jsonl", [{**PAIR, **columns}] * 5)
+    rows = rows_of(path, task="source", task_types=0, cluster_ids=0, rows=2)
+    assert [(row.task, row.task_types, row.cluster_ids) for row in rows] == [("source", 0, 0)] * 2
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "csv"])
+def test_columns_are_found_under_the_names_that_the_source_has_for_them(tmp_path, suffix):
+    rows = [{"question": "a", "answer": "b", "cluster": 3, "text": "not read", "task_types": 1}]
+    path = write(tmp_path / f"a.{suffix}", rows)
+    names = {"prompt": "question", "completion": "answer", "cluster_ids": "cluster"}
+    (row,) = rows_of(path, columns=names)
+    assert (row.prompt, row.completion, row.cluster_ids) == ("a", "b", 3)
+    assert (row.text, row.task_types) == (None, None)
+    message = r"row 1: `columns` says that `prompt` is called 'q', but .* are: question, answer, "
+    with pytest.raises(DataError, match=message.replace("row", "(row|line)")):
+        rows_of(path, columns={**names, "prompt": "q"})
+
+
+def test_columns_choose_between_two_forms(tmp_path):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    path = write(tmp_path / "a.jsonl", [{"prompt": "hi", "messages": messages}])
+    assert rows_of(path, columns={"messages": "messages"})[0].messages == messages
+    with pytest.raises(DataError, match="needs one of"):
+        rows_of(path)
 
 
 def test_choices_and_label_are_kept_for_scoring(tmp_path):
@@ -163,6 +183,8 @@ BOT = {"role": "assistant", "content": "hello"}
         ({**PAIR, "task": 3}, r"`task` must be a name, not 3"),
         ({**PAIR, "task_types": True}, r"`task_types` must be a whole number .* not True"),
         ({**PAIR, "task_types": -1}, r"`task_types` must be a whole number .* not -1"),
+        ({**PAIR, "cluster_ids": 1.0}, r"`cluster_ids` must be a whole number .* not 1\.0"),
+        ({**PAIR, "cluster_ids": "1"}, r"`cluster_ids` must be a whole number .* not '1'"),
         ({**PAIR, "choices": "ab"}, r"`choices` must be a list of non-empty strings"),
         ({**PAIR, "choices": ["b", "b"], "label": "b"}, r"two or more different strings"),
         ({**PAIR, "choices": ["b", "c"], "label": "d"}, r"`label` must be one of .* not 'd'"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from molora.config.data import DataConfig
+from molora.config.data import DataConfig, DataSource
 from molora.data import IGNORED, Counts, read, tokenize
 from molora.data import tokenized as tokenized_module
 from molora.data.mask import RowEncoder
@@ -55,21 +55,23 @@ def test_task_numbers_follow_sorted_names_over_train_and_eval(tmp_path, smollm2_
     assert result.eval["task_ids"][:] == [0]
 
 
-def test_task_types_are_a_column_only_where_rows_have_them(tmp_path, smollm2_tokenizer):
-    rows = [*pairs(1, task_types=1), *pairs(2, task_types=0)]
+@pytest.mark.parametrize("column", ["task_types", "cluster_ids"])
+def test_numbers_are_a_column_only_where_rows_have_them(tmp_path, smollm2_tokenizer, column):
+    rows = [*pairs(1, **{column: 1}), *pairs(2, **{column: 0})]
     config = {
         "train": [write(tmp_path / "a.jsonl", rows)],
         "eval": [write(tmp_path / "b.jsonl", pairs(1))],
     }
     result = tokenize(DataConfig.parse(config), smollm2_tokenizer)
-    assert result.train["task_types"][:] == [1, 0]
+    assert result.train.column_names == ["input_ids", "labels", column]
+    assert result.train[column][:] == [1, 0]
     assert result.eval is not None
-    assert "task_types" not in result.eval.column_names
+    assert column not in result.eval.column_names
 
 
-@pytest.mark.parametrize("column", ["task", "task_types"])
+@pytest.mark.parametrize("column", ["task", "task_types", "cluster_ids"])
 def test_a_column_in_some_rows_only_is_refused(tmp_path, smollm2_tokenizer, column):
-    value = {"task": "x", "task_types": 1}[column]
+    value = "x" if column == "task" else 1
     with_it = write(tmp_path / "with.jsonl", pairs(1, **{column: value}))
     files = [with_it, write(tmp_path / "without.jsonl", pairs(2))]
     message = rf"^without\.jsonl, line 1 has no `{column}`, but with\.jsonl, line 1 has one"
@@ -97,10 +99,26 @@ def test_cut_and_dropped_rows_are_counted(tmp_path, plain_tokenizer):
     assert result.train_counts == Counts(
         rows=3, examples=2, truncated=1, dropped=1, tokens=7, supervised=5
     )
+    (part,) = result.train_parts
+    assert part.counts == result.train_counts
+    assert (part.source, part.drawn) == (DataSource.parse(config["train"][0]), 2)
+    # before the cut, that of the row left out among them
+    assert part.lengths == {3: 1, 11: 1, len(plain_tokenizer("a b c d e f g hb</s>").input_ids): 1}
     short, cut = result.train["labels"][:]
     assert short[-1] == plain_tokenizer.eos_token_id
     assert len(cut) == 4
     assert cut[-1] not in (IGNORED, plain_tokenizer.eos_token_id)
+
+
+def test_counts_of_all_sources_add_up(tmp_path, plain_tokenizer):
+    files = [write(tmp_path / "a.jsonl", pairs(1, 2)), write(tmp_path / "b.jsonl", pairs(3))]
+    result = tokenize(DataConfig.parse({"train": files, "eval": files[1:]}), plain_tokenizer)
+    assert [part.counts.rows for part in result.train_parts] == [2, 1]
+    assert [sum(part.lengths.values()) for part in result.train_parts] == [2, 1]
+    first, second = (part.counts for part in result.train_parts)
+    assert result.train_counts == first + second
+    assert result.train_counts.tokens == sum(map(len, result.train["input_ids"]))
+    assert [(part.counts, part.drawn) for part in result.eval_parts] == [(result.eval_counts, 1)]
 
 
 def test_nothing_left_below_max_length_is_refused(tmp_path, plain_tokenizer):
