@@ -79,7 +79,7 @@ def train(config: RunConfig, *, progress: bool = True) -> TrainResult:
     check_writable(adapter)
     with _threads(config.train.threads):
         tokenizer = load_tokenizer(config.model)
-        data = tokenize(config.data, tokenizer)
+        data = tokenize(config.data, tokenizer, seed=config.seed)
         check_columns(config.mixture, data)
         model = load_model(config.model)
         base_parameters = sum(p.numel() for p in model.parameters())
