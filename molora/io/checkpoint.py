@@ -13,6 +13,7 @@ older one, in another directory, is never touched. No path is stored: a director
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -28,20 +29,23 @@ from molora.config.base import Frozen
 from molora.errors import CheckpointError
 from molora.io import atomic, sealed
 from molora.io.files import contained, sha256
-from molora.io.header import read_header
+from molora.io.header import TensorInfo, read_header
 from molora.io.tensors import info_of, map_tensors, widest_first, write_tensors
 from molora.version import VERSION
 
 FORMAT_VERSION = 1
 MANIFEST = "checkpoint.json"
 STATE = "trainer_state.json"
+RUN_STATE = "run_state.json"
+"""What else a caller may write about its run, as one of `files`."""
 DELETED = ".checkpoint.deleted.json"
 """What the manifest is called once its checkpoint is being deleted: it still lists the files."""
 TENSORS = re.compile(r"trainer-([0-9a-f]{16})\.safetensors")
 """Names of files with the trainer's tensors; the manifest says which one counts."""
 
-# A plain name: a path could lead out of the directory.
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,199}$")]
+FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,199}$"
+"""A plain name: a path could lead out of the directory."""
+FileName = Annotated[str, Field(pattern=FILE_NAME)]
 
 
 class StoredFile(Frozen):
@@ -73,8 +77,7 @@ class CheckpointManifest(Frozen):
     @classmethod
     def _have_one_of_each(cls, files: dict[str, StoredFile]) -> dict[str, StoredFile]:
         digits = [found[1] for found in map(TENSORS.fullmatch, files) if found]
-        named = [name for name, file in files.items() if TENSORS.fullmatch(name)]
-        if len(named) != 1 or files[named[0]].sha256[:16] != digits[0]:
+        if len(digits) != 1 or files[_tensors_file(digits[0])].sha256[:16] != digits[0]:
             raise ValueError("one file trainer-HASH.safetensors must be listed, with that hash")
         if STATE not in files or MANIFEST in files:
             raise ValueError(f"{STATE} must be listed, and {MANIFEST} itself must not")
@@ -130,38 +133,39 @@ def write_checkpoint(
     """Write the trainer's part and then the manifest, which makes `directory` a checkpoint.
 
     One process writes, after every file of `files` was written there. `tensors` may be on any
-    device and of any dtype that is stored; NaN and infinity are kept. What `state` means must
+    device, one at a time is copied to the CPU; NaN and infinity are kept. What `state` means must
     survive JSON: tuples come back as lists, and keys as text. What a killed save left in the
-    directory is replaced or deleted. A complete checkpoint of the same step is not protected: it
-    counts no more from the first file that differs until the end.
+    directory is replaced or deleted. Written over a complete checkpoint, the directory does not
+    count between the first file that differs and the manifest: rather leave such a one alone.
 
     Raises:
-        CheckpointError: a file of `files` that is missing, tensors or state that cannot be stored,
-            a disk that fails. The directory is then no checkpoint, unless it was one before and
-            still is.
+        CheckpointError: a file of `files` that is missing or not called like a plain file, tensors
+            or state that cannot be stored, a disk that fails. The directory is then no checkpoint,
+            unless it was one and the disk failed before anything in it differed.
+        ConfigError: a step, world size or stage that cannot be.
     """
     text = _dump(state)
     tensors = widest_first(tensors)
     infos = {name: info_of(name, tensor) for name, tensor in tensors.items()}
-    for name in files:
-        _contained(directory, name)
+    _check_names(directory, files)
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         try:
-            names = [*files, STATE]
-            atomic.put(directory, lambda path: path.write_bytes(text), lambda _: STATE)
-            file = atomic.put(
-                directory,
-                lambda path: write_tensors(path, tensors, infos),
-                lambda path: f"trainer-{sha256(path)[:16]}.safetensors",
+            stored = {name: _stored(directory / name) for name in files}
+            tensors_file = _put_tensors(directory, tensors, infos)
+            stored[tensors_file.name] = _stored(tensors_file)
+            stored[STATE] = StoredFile(bytes=len(text), sha256=hashlib.sha256(text).hexdigest())
+            manifest = CheckpointManifest.parse(
+                {
+                    "format_version": FORMAT_VERSION,
+                    "molora_version": VERSION,
+                    "step": step,
+                    "world_size": world_size,
+                    "stage": stage,
+                    "files": stored,
+                }
             )
-            manifest = CheckpointManifest(
-                format_version=FORMAT_VERSION,
-                molora_version=VERSION,
-                step=step,
-                world_size=world_size,
-                stage=stage,
-                files={name: _stored(directory / name) for name in [*names, file.name]},
-            )
+            _put_text(directory, STATE, text)
             _seal(directory, manifest)
         finally:
             atomic.tidy(directory, manifest=MANIFEST, tensors=TENSORS, leftover=_is_leftover)
@@ -240,13 +244,37 @@ def check_sizes(directory: Path, manifest: CheckpointManifest) -> None:
             )
 
 
+def _check_names(directory: Path, files: Sequence[str]) -> None:
+    for name in files:
+        if not re.fullmatch(FILE_NAME, name) or name in (MANIFEST, STATE) or TENSORS.match(name):
+            raise CheckpointError(
+                f"{name!r} cannot be a file that is written before the rest of a checkpoint. Give "
+                "plain names of letters, digits, '.', '_' and '-', and none that the checkpoint "
+                "has for itself."
+            )
+        _contained(directory, name)
+
+
+def _put_tensors(
+    directory: Path, tensors: Mapping[str, Tensor], infos: Mapping[str, TensorInfo]
+) -> Path:
+    return atomic.put(
+        directory,
+        lambda path: write_tensors(path, tensors, infos),
+        lambda path: _tensors_file(sha256(path)),
+    )
+
+
+def _put_text(directory: Path, name: str, text: bytes) -> None:
+    atomic.put(directory, lambda path: path.write_bytes(text), lambda _: name)
+
+
 def _seal(directory: Path, manifest: CheckpointManifest) -> None:
     """Everything that the manifest promises reaches the disk before the manifest does."""
     for name in manifest.files:
         atomic.flush(directory / name)
     atomic.flush(directory.absolute().parent)
-    text = sealed.dump(manifest).encode()
-    atomic.put(directory, lambda path: path.write_bytes(text), lambda _: MANIFEST)
+    _put_text(directory, MANIFEST, sealed.dump(manifest).encode())
 
 
 def _is_leftover(path: Path) -> bool:
@@ -268,6 +296,10 @@ def _dump(state: Mapping[str, Any]) -> bytes:
             "that is read. Log less often."
         )
     return text
+
+
+def _tensors_file(sha256: str) -> str:
+    return f"trainer-{sha256[:16]}.safetensors"
 
 
 def _stored(path: Path) -> StoredFile:

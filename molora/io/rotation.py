@@ -55,12 +55,13 @@ def newest_complete(output_dir: Path) -> tuple[Checkpoint | None, dict[Path, str
 
 
 def rotate(output_dir: Path, *, limit: int | None, keep: Collection[Path] = ()) -> Rotation:
-    """Delete the oldest checkpoints beyond `limit`, and what killed saves left.
+    """Delete the oldest checkpoints beyond `limit`, and what killed saves and deletions left.
 
     The newest complete checkpoint and those of `keep`, e.g. the best one and the one just written,
-    stay and count; if they alone are more than `limit`, they all stay. None as `limit` deletes
-    leftovers alone. Newer directories than the newest complete one, links, directories of other
-    names, and files in a checkpoint that are none of its own stay.
+    stay and count; if they alone are more than `limit`, they all stay. Of the older ones, whose
+    hashes are not read again, those that are damaged do not count and are deleted first. None as
+    `limit` deletes leftovers alone. What stays: directories newer than the newest complete one,
+    links, directories of other names, and files in a checkpoint that are none of its own.
 
     Raises:
         ConfigError: a limit below 1.
@@ -71,21 +72,15 @@ def rotate(output_dir: Path, *, limit: int | None, keep: Collection[Path] = ()) 
     newest, _ = newest_complete(output_dir)
     if newest is None:
         return Rotation((), {})
-    kept = {newest.directory.resolve(), *(path.resolve() for path in keep)}
-    older = [path for step, path in _directories(output_dir) if step < newest.step]
-    spare = [path for path in older if path.resolve() not in kept and _looks_complete(path)]
-    if limit is not None:
-        room = limit - sum(path.exists() for path in kept)
-        spare = spare[: max(room, 0)]
-    kept |= {path.resolve() for path in spare}
+    kept = {newest.directory.resolve(), *(path.resolve() for path in keep if path.exists())}
+    room = None if limit is None else max(limit - len(kept), 0)
     deleted, failed = [], {}
-    for path in reversed(older):  # the oldest first
-        if path.resolve() not in kept:
-            try:
-                if delete_checkpoint(path):
-                    deleted.append(path)
-            except OSError as error:
-                failed[path] = str(error)
+    for path in _surplus(output_dir, before=newest.step, kept=kept, room=room):
+        try:
+            if delete_checkpoint(path):
+                deleted.append(path)
+        except OSError as error:
+            failed[path] = str(error)
     return Rotation(tuple(deleted), failed)
 
 
@@ -98,7 +93,7 @@ def delete_checkpoint(directory: Path) -> bool:
     Raises:
         OSError: from deleting.
     """
-    if directory.is_symlink():
+    if directory.is_symlink() or not directory.is_dir():
         return False
     manifest, renamed = directory / checkpoint.MANIFEST, directory / checkpoint.DELETED
     if manifest.exists():
@@ -121,8 +116,11 @@ def delete_checkpoint(directory: Path) -> bool:
 
 
 def _complete(output_dir: Path, skipped: dict[Path, str]) -> Iterator[Checkpoint]:
-    """From the newest to the oldest; directories that are passed over go to `skipped`."""
-    for step, path in _directories(output_dir):
+    """From the newest to the oldest; what is passed over goes to `skipped`."""
+    for step, path in _named(output_dir):
+        if path.is_symlink():
+            skipped[path] = f"{path} is a link; none is followed. Give the directory itself."
+            continue
         try:
             found = read_checkpoint(path)
         except CheckpointError as error:
@@ -134,22 +132,33 @@ def _complete(output_dir: Path, skipped: dict[Path, str]) -> Iterator[Checkpoint
             skipped[path] = f"{path} holds step {found.step}. Name it checkpoint-{found.step}."
 
 
-def _directories(output_dir: Path) -> list[tuple[int, Path]]:
-    """Step and path of everything that is named like a checkpoint, the newest first; no links."""
+def _surplus(output_dir: Path, *, before: int, kept: set[Path], room: int | None) -> Iterator[Path]:
+    """What may go of the steps before one, the oldest first: beyond `room`, or left unfinished."""
+    older = [path for step, path in _named(output_dir) if step < before]
+    older = [path for path in older if path.resolve() not in kept and not path.is_symlink()]
+    complete = [path for path in older if _looks_complete(path)]
+    stay = complete[:room]
+    for path in reversed(older):
+        is_unfinished = not (path / checkpoint.MANIFEST).exists()
+        if path not in stay and (room is not None or is_unfinished):
+            yield path
+
+
+def _named(output_dir: Path) -> list[tuple[int, Path]]:
+    """Step and path of everything that is called like a checkpoint, the newest first."""
     try:
         paths = list(output_dir.iterdir()) if output_dir.exists() else []
     except OSError as error:
         raise CheckpointError(f"{output_dir} cannot be listed: {error}.") from None
-    named = [(found, path) for path in paths if (found := NAME.fullmatch(path.name))]
-    steps = [(int(found[1]), path) for found, path in named if not path.is_symlink()]
-    return sorted((entry for entry in steps if entry[1].is_dir()), reverse=True)
+    named = [(NAME.fullmatch(path.name), path) for path in paths]
+    return sorted(((int(found[1]), path) for found, path in named if found), reverse=True)
 
 
 def _looks_complete(directory: Path) -> bool:
     """As far as the manifest and sizes tell."""
     try:
         checkpoint.check_sizes(directory, checkpoint.read_manifest(directory))
-    except CheckpointError:
+    except (CheckpointError, OSError):
         return False
     return True
 
@@ -164,7 +173,7 @@ def _listed(manifest: Path) -> frozenset[str]:
 
 def _is_ours(name: str) -> bool:
     return (
-        name in {native.MANIFEST, checkpoint.STATE}
+        name in {native.MANIFEST, checkpoint.STATE, checkpoint.RUN_STATE}
         or native.TENSORS.fullmatch(name) is not None
         or checkpoint.TENSORS.fullmatch(name) is not None
         or atomic.PARTIAL.fullmatch(name) is not None

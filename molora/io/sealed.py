@@ -15,8 +15,8 @@ from molora.config.base import Frozen
 from molora.errors import CheckpointError, ConfigError
 
 CHECKSUM = "checksum"
-MAX_JSON = 2**30
-"""Bytes of the largest JSON file that is read: none of ours comes near."""
+MAX_JSON = 2**27
+"""Bytes of the largest JSON file that is read, about a million lines of a training log."""
 Model = TypeVar("Model", bound=Frozen)
 
 
