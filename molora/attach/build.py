@@ -89,6 +89,8 @@ class Built:
     """Path of the module that owns the scope → what decides there."""
     layers: dict[str, str]
     """Site → path of its layer, or the site itself outside of layers."""
+    routed_by: dict[str, str]
+    """Path of a linear whose bank is routed → the site that decides for it."""
 
 
 class Builder:
@@ -110,7 +112,7 @@ class Builder:
         self.backend = backend
         self.context = context
         self.surgery = surgery
-        self.built = Built({}, {}, {})
+        self.built = Built({}, {}, {}, {})
         self._shared: dict[str, SharedDecision] = {}
 
     def build(self, placements: tuple[Placement, ...]) -> Built:
@@ -163,12 +165,11 @@ class Builder:
         return values.to(device, self.dtype)
 
     def _adapt_linear(self, placement: Placement, module: nn.Module, bank: ExpertBank) -> None:
-        glue = MoLoRALinear(
-            module.forward,
-            bank,
-            decision=self._decision(placement, module) if placement.routed else None,
-            context=self.context,
-        )
+        decision = self._decision(placement, module) if placement.routed else None
+        if decision is not None:
+            site = decision.site if isinstance(decision, SharedDecision) else decision
+            self.built.routed_by[placement.path] = site.name
+        glue = MoLoRALinear(module.forward, bank, decision=decision, context=self.context)
         self.surgery.set_attribute(module, "forward", glue.forward)
         if not hasattr(module, "in_features"):  # Conv1D
             self.surgery.set_attribute(module, "in_features", placement.in_features)
@@ -251,6 +252,7 @@ class Builder:
         layout = feed_forward_layout(module)
         assert layout is not None
         first = members[0]
+        self.built.routed_by.update({placement.path: path for placement in members})
         counts = {placement.num_experts for placement in members}
         if len(counts) > 1:
             raise AttachError(

@@ -75,6 +75,8 @@ def test_every_linear_follows_the_router_that_reads_its_scopes_input(
 
     sites = expected_sites(family, scope)
     assert mixture.built.sites.keys() == sites.keys()
+    routed_by = {path: owner for owner, paths in sites.items() for path in paths}
+    assert mixture.built.routed_by == routed_by
     for name in sites.keys() | set().union(*sites.values()):
         model.get_submodule(name).register_forward_hook(note(name), with_kwargs=True)
     with torch.no_grad(), mixture.record() as records:
@@ -116,6 +118,9 @@ def test_groups_of_different_scopes_live_side_by_side() -> None:
     assert mixture.built.sites.keys() == {
         f"{layer}.{owner}" for layer in layers for owner in ("self_attn", "mlp", "self_attn.v_proj")
     }
+    assert mixture.built.routed_by["model.layers.1.self_attn.k_proj"] == "model.layers.1.self_attn"
+    assert mixture.built.routed_by["model.layers.1.mlp.up_proj"] == "model.layers.1.mlp"
+    assert "model.layers.0.self_attn.o_proj" not in mixture.built.routed_by
     with mixture.record() as records:
         model.train()(**batch_for(model)).loss.backward()
     assert records.keys() == mixture.built.sites.keys()
