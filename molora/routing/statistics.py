@@ -124,8 +124,9 @@ def row_sums(records: Sequence[Routing]) -> Tensor:
     margins between the highest and the second normalised score. float64, or float32 on devices
     without it.
     """
-    valid_ST = torch.stack([record.valid_rows() for record in records])
     p_STE = probabilities(torch.stack([record.scores for record in records]))
+    # float64 models have scores of float64
+    valid_ST = torch.stack([record.valid_rows() for record in records]).to(p_STE.dtype)
     per_row_S3T = torch.stack([torch.ones_like(valid_ST), _entropy(p_STE), _margin(p_STE)], dim=1)
     sums = [
         _counts(records, valid_ST, num_experts=p_STE.shape[-1]),
@@ -145,7 +146,7 @@ def _counts(records: Sequence[Routing], valid_ST: Tensor, *, num_experts: int) -
     index_STK = torch.stack([record.expert_index for record in records])
     # one dimension: the only form of scatter_add that is deterministic on a GPU
     first_S = torch.arange(len(records), device=index_STK.device) * num_experts
-    counts = torch.zeros(len(records) * num_experts, device=valid_ST.device)
+    counts = valid_ST.new_zeros(len(records) * num_experts)
     counts = counts.scatter_add(
         0,
         (index_STK + first_S[:, None, None]).flatten(),
