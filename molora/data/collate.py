@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from molora.config.data import SIDE_COLUMNS
 from molora.data.mask import IGNORED
+from molora.data.packing import LENGTHS
 from molora.errors import DataError
 
-SIDE_COLUMNS = ("task_ids", "task_types")
+Examples = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -24,43 +26,96 @@ class Collator:
     would hide every stop token.
 
     Returns, for B examples of up to S tokens: ``input_ids``, ``labels`` (-100 on padding) and
-    ``attention_mask``, each int64 (B, S), and ``task_ids`` and ``task_types``, int64 (B,), where
-    the examples have them.
+    ``attention_mask``, each int64 (B, S), and the side columns (``task_ids``, ``task_types`` …),
+    int64 (B,), where the examples have them.
+
+    For packed examples (see :func:`pack`), ``position_ids`` and ``segment_ids`` take the place of
+    the attention mask, both int64 (B, S). Positions restart at 0 with every sequence and with the
+    padding, from which transformers makes attention block-diagonal. Segments count a row's
+    sequences from 1 and are 0 on padding. A sequence's first token has no label, or the last of
+    the one before would have to predict it. Side columns hold one value for each of the batch's G
+    sequences, int64 (G,), in order.
 
     Raises:
-        DataError: when only some examples have a side column.
+        DataError: when only some examples are packed or have a side column, or when a packed
+            example's lengths do not add up.
     """
 
     pad_token_id: int
     padding_side: Literal["right", "left"] = "right"
     pad_to_multiple_of: int = 1
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: Examples) -> dict[str, Tensor]:
         longest = max(len(example["input_ids"]) for example in examples)
         width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        columns = {
-            "input_ids": (self.pad_token_id, [e["input_ids"] for e in examples]),
-            "labels": (IGNORED, [e["labels"] for e in examples]),
-            "attention_mask": (0, [[1] * len(e["input_ids"]) for e in examples]),
+        batch = {
+            "input_ids": self._padded([e["input_ids"] for e in examples], self.pad_token_id, width),
+            "labels": self._padded([e["labels"] for e in examples], IGNORED, width),
         }
-        batch = {name: self._padded(rows, fill, width) for name, (fill, rows) in columns.items()}
-        for name in SIDE_COLUMNS:
-            present = [name in example for example in examples]
-            if all(present):
-                batch[name] = torch.tensor([int(e[name]) for e in examples])
-            elif any(present):
-                raise DataError(
-                    f"`{name}` is in {sum(present)} of {len(present)} examples of a batch. "
-                    "Give it to every row, or to none."
-                )
-        return batch
+        packed = in_all(LENGTHS, examples)
+        if packed:
+            batch |= self._segments(examples, width)
+            batch["labels"][batch["position_ids"] == 0] = IGNORED
+        else:
+            ones = [torch.ones(len(e["input_ids"]), dtype=torch.int64) for e in examples]
+            batch["attention_mask"] = self._padded(ones, 0, width)
+        return batch | side_columns(examples, packed=packed)
 
-    def _padded(self, rows: Sequence[Sequence[int]], fill: int, width: int) -> Tensor:
+    def _segments(self, examples: Examples, width: int) -> dict[str, Tensor]:
+        segments, positions = [], []
+        for example in examples:
+            lengths = torch.as_tensor(example[LENGTHS])
+            total = len(example["input_ids"])
+            if int(lengths.sum()) != total:
+                raise DataError(
+                    f"the `{LENGTHS}` of an example, {lengths.tolist()}, add up to "
+                    f"{int(lengths.sum())}, but it has {total} tokens. Pack with molora.data.pack."
+                )
+            segments.append(torch.arange(1, len(lengths) + 1).repeat_interleave(lengths))
+            begins = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+            parts = [torch.arange(total) - begins, torch.arange(width - total)]
+            positions.append(torch.cat(parts if self.padding_side == "right" else parts[::-1]))
+        return {
+            "position_ids": torch.stack(positions),
+            "segment_ids": self._padded(segments, 0, width),
+        }
+
+    def _padded(self, rows: Sequence[Sequence[int] | Tensor], fill: int, width: int) -> Tensor:
         padded = torch.full((len(rows), width), fill)
         for number, row in enumerate(rows):
             place = slice(0, len(row)) if self.padding_side == "right" else slice(-len(row), None)
             padded[number, place] = torch.as_tensor(row)
         return padded
+
+
+def side_columns(examples: Examples, *, packed: bool = False) -> dict[str, Tensor]:
+    """The side columns that the examples have: int64 (B,), or (G,) for G packed sequences.
+
+    Raises:
+        DataError: when only some examples have one.
+    """
+    columns = {}
+    for name in SIDE_COLUMNS:
+        if in_all(name, examples):
+            values = [e[name] for e in examples]
+            flat = [int(v) for of_row in values for v in of_row] if packed else map(int, values)
+            columns[name] = torch.tensor(list(flat))
+    return columns
+
+
+def in_all(name: str, examples: Examples) -> bool:
+    """Whether the examples have a column.
+
+    Raises:
+        DataError: when only some have it.
+    """
+    present = [name in example for example in examples]
+    if any(present) and not all(present):
+        raise DataError(
+            f"`{name}` is in {sum(present)} of {len(present)} examples of a batch. "
+            "Give it to every row, or to none."
+        )
+    return all(present)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
