@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from molora.attach import checkpointing
+from molora.attach.packing import PackedRows
 from molora.attach.side_inputs import ArgumentReader, share
 from molora.errors import AttachError
 from molora.losses import AuxLosses, WeightedTerm, total
@@ -65,6 +66,7 @@ class ForwardHooks:
         needs_context: bool,
     ) -> None:
         self.arguments = ArgumentReader(model)
+        self.packing = PackedRows(self.arguments)
         self.context = context
         self.losses = tuple(losses)
         self.layers = layers
@@ -80,6 +82,7 @@ class ForwardHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook: masks and columns go to the context, columns do not go to the model."""
         kwargs, columns = self.arguments.split_columns(kwargs)
+        kwargs, sequences = self.packing.read(model, args, kwargs)
         if not self.context.enabled:
             return args, kwargs
         columns = {**self.columns, **columns}
@@ -88,7 +91,7 @@ class ForwardHooks:
             checkpointing.check_checkpointing(model, needs_context=self.needs_context)
             self._check_columns(columns)
             self._check_fused_head(kwargs)
-        self.context.side = self.arguments.side_inputs(args, kwargs, columns)
+        self.context.side = self.arguments.side_inputs(args, kwargs, columns, sequences)
         self.context.trace = {} if self.observers or (training and self.losses) else None
         checkpointing.enter(self.context)
         return args, kwargs
@@ -104,7 +107,7 @@ class ForwardHooks:
         if output is None or not self.context.enabled:
             return output if output is None else with_aux(output, None)
         records = {
-            site: [replace(r, mask=side.rows(self.streams[site], r.grid)) for r in site_records]
+            site: [_in_batch(r, side, self.streams[site]) for r in site_records]
             for site, site_records in (trace or {}).items()
         }
         for observe in self.observers:
@@ -135,6 +138,14 @@ class ForwardHooks:
                 "auxiliary losses silently. Train with molora.train.SFTTrainer, or turn them off "
                 "with losses=()."
             )
+
+
+def _in_batch(record: Routing, side: SideInputs, stream: str) -> Routing:
+    return replace(
+        record,
+        mask=side.rows(stream, record.grid),
+        segment_ids=side.segment_rows(stream, record.grid),
+    )
 
 
 def with_aux(output: Any, aux: Tensor | None) -> Any:

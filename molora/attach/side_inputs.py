@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from molora.attach.packing import Sequences
+from molora.config.data import SIDE_COLUMNS
 from molora.modules import SideInputs
-
-SIDE_COLUMNS = ("task_types", "task_ids")
-"""Columns of a batch that are for the mixture, not for the base model."""
 
 
 class ArgumentReader:
@@ -36,6 +35,11 @@ class ArgumentReader:
         position = self.names.index(name) if name in self.names else len(args)
         return args[position] if position < len(args) else None
 
+    def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """(B, S) token ids or (B, S, in) embeddings; None if the model takes neither."""
+        ids = self.get(args, kwargs, "input_ids")
+        return ids if ids is not None else self.get(args, kwargs, "inputs_embeds")
+
     def split_columns(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Take out the side columns that the model has no argument for."""
         columns = {
@@ -50,13 +54,20 @@ class ArgumentReader:
         }, columns
 
     def side_inputs(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], columns: Mapping[str, Tensor]
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        columns: Mapping[str, Tensor],
+        sequences: Sequences | None = None,
     ) -> SideInputs:
-        """Padding masks by stream.
+        """Padding masks by stream, and the sequences of packed rows.
 
         Without a decoder_attention_mask, the decoder positions of an encoder-decoder that count are
         those with a label.
         """
+        if sequences is not None:
+            padding = {} if sequences.mask_BS is None else {"input": sequences.mask_BS}
+            return SideInputs(masks=padding, columns=columns, segments=sequences.numbers_BS)
         mask = self.get(args, kwargs, "attention_mask")
         unreadable = _unreadable(mask)
         if unreadable:

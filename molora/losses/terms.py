@@ -69,17 +69,32 @@ def localized_balance(record: Routing, *, delta: float, task_types_B: Tensor) ->
         ConfigError: task types that are not one value per sequence. Whether it is 0 or 1 is not
             looked at, since reading values would wait for the device.
     """
-    if task_types_B.shape != record.grid[:1]:
-        raise ConfigError(
-            f"task_types has shape {tuple(task_types_B.shape)}, but the localized balance loss "
-            f"needs one value per sequence, {record.grid[:1]}."
-        )
-    scores_TE = record.scores * record.valid_rows()[:, None]
-    mass_BE = rearrange(scores_TE, "(b s) e -> b s e", b=record.grid[0]).sum(dim=1)
+    mass_BE = _mass_by_sequence(record, task_types_B)
     first_half_E = torch.arange(record.num_experts, device=mass_BE.device) < record.num_experts // 2
     raised_BE = task_types_B[:, None].bool() == first_half_E
     z_N = (mass_BE * torch.where(raised_BE, 1 + delta, 1 - delta)).flatten()
     return z_N.var(unbiased=True) / (z_N.mean() ** 2 + 1e-10)
+
+
+def _mass_by_sequence(record: Routing, task_types_B: Tensor) -> Tensor:
+    """(B, E): summed scores of every sequence, of packed ones too."""
+    scores_TE = record.scores * record.valid_rows()[:, None]
+    found = tuple(task_types_B.shape)
+    if record.segment_ids is None:
+        sequences = record.grid[:1]
+        if found == sequences:
+            return rearrange(scores_TE, "(b s) e -> b s e", b=record.grid[0]).sum(dim=1)
+    else:
+        # on other devices reading the number would wait; there index_add refuses too few types
+        on_cpu = record.segment_ids.device.type == "cpu"
+        sequences = (int(record.segment_ids.max()),) if on_cpu else found
+        if len(found) == 1 and found == sequences:
+            mass_GE = scores_TE.new_zeros(found[0] + 1, record.num_experts)
+            return mass_GE.index_add(0, record.segment_ids, scores_TE)[1:]
+    raise ConfigError(
+        f"task_types has shape {found}, but the localized balance loss needs one value per "
+        f"sequence, {sequences}."
+    )
 
 
 def router_z(record: Routing) -> Tensor:

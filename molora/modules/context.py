@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from molora.errors import AttachError
@@ -20,7 +21,11 @@ class SideInputs:
     """Stream ("input", "encoder", "decoder") → (B, S_total) bool, False for padding; absent: no
     padding."""
     columns: Mapping[str, Tensor] = field(default_factory=dict)
-    """Column of the batch, such as `task_types` → (B,) int64."""
+    """Column of the batch, such as `task_types` → (B,) int64; where rows are packed, one value for
+    each of the batch's sequences."""
+    segments: Tensor | None = None
+    """(B, S) int64: which sequence of the batch a position belongs to, counted from 1, 0 for
+    padding; None where every row is one sequence."""
     unreadable: str = ""
     """What kind of attention_mask was passed that cannot be read as padding; empty if it could."""
 
@@ -53,6 +58,35 @@ class SideInputs:
             f"{tuple(mask_BS.shape)}: they must be (batch, positions), (batch · positions) or "
             "(batch). Pass an attention_mask for exactly these inputs."
         )
+
+    def segment_rows(self, stream: str, grid: tuple[int, ...]) -> Tensor | None:
+        """(rows,) int64: the sequence that each row of a tensor with leading shape `grid` belongs
+        to, as in `segments`; None where rows are not packed or not those of the batch."""
+        if self.segments is None or stream != "input":
+            return None
+        fits = grid == tuple(self.segments.shape) or grid == (self.segments.numel(),)
+        return self.segments.flatten() if fits else None
+
+    def starts(self, stream: str, grid: tuple[int, ...], device: torch.device) -> Tensor:
+        """(rows,) bool: which rows of a tensor with leading shape `grid` begin a sequence.
+
+        Raises:
+            AttachError: packed rows in another arrangement than the batch's.
+        """
+        segments_T = self.segment_rows(stream, grid)
+        if segments_T is not None:
+            starts_T = torch.ones_like(segments_T, dtype=torch.bool)
+            starts_T[1:] = segments_T[1:] != segments_T[:-1]
+            return starts_T
+        if self.segments is not None and stream == "input":
+            raise AttachError(
+                f"rows of shape {grid} do not fit the packed batch of shape "
+                f"{tuple(self.segments.shape)}: capacity counts the tokens of each sequence. Give "
+                "every sequence a row of its own."
+            )
+        starts = torch.zeros(grid, dtype=torch.bool, device=device)
+        starts.view(grid[0] if len(grid) > 1 else 1, -1)[:, :1] = True
+        return starts.flatten()
 
 
 class ForwardContext:

@@ -58,7 +58,7 @@ class RoutingSite:
                 index_TK,
                 num_experts=scores_TE.shape[-1],
                 capacity=self.capacity,
-                num_sequences=grid[0] if len(grid) > 1 else 1,
+                starts_T=self.context.side.starts(self.stream, grid, x.device),
                 mask_T=self.context.side.rows(self.stream, grid),
             )
         routing = Routing(logits_TE, scores_TE, gates_TK, index_TK, selected_TK, grid=grid)

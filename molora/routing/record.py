@@ -30,6 +30,9 @@ class Routing:
     """(rows,) bool, False for padding; None if every row counts."""
     grid: tuple[int, ...] = ()
     """Leading shape that the rows had, such as (batch, sequence); their product is `rows`."""
+    segment_ids: Tensor | None = None
+    """(rows,) int64: which sequence of the batch a row belongs to, from 1, 0 for padding; None
+    where each index of the grid's first dimension is one sequence, or sequences are unknown."""
 
     @property
     def num_experts(self) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 Selection = tuple[Tensor, Tensor, Tensor]
@@ -65,26 +64,26 @@ def limit_capacity(
     *,
     num_experts: int,
     capacity: int,
-    num_sequences: int,
+    starts_T: Tensor,
     mask_T: Tensor | None = None,
 ) -> Tensor:
     """Gates (T, K) with 0 wherever an expert already served `capacity` tokens of the sequence.
 
-    Rows are `num_sequences` sequences of equal length, in order. Earlier tokens come first, and
-    within a token earlier slots. Padding (`mask_T` False) takes no place and keeps its gate.
-    Source: the capacity of MixLoRA's switch variant, which counts padding too.
+    A row with `starts_T` (bool) True begins a sequence, which goes on to the next such row. Earlier
+    tokens come first; a token asks an expert once. Padding (`mask_T` False) takes no place and
+    keeps its gate. Source: the capacity of MixLoRA's switch variant, which counts padding too.
     """
-    slots = gates_TK.shape[1]
-    index_BN = rearrange(expert_index_TK, "(b s) k -> b (s k)", b=num_sequences)
-    taken_BNE = torch.nn.functional.one_hot(index_BN, num_experts)
+    asked_TE = torch.zeros(
+        *(len(gates_TK), num_experts), dtype=torch.int64, device=gates_TK.device
+    ).scatter(1, expert_index_TK, 1)
     if mask_T is not None:
-        counted_BN = rearrange(
-            mask_T[:, None].expand(-1, slots), "(b s) k -> b (s k)", b=num_sequences
-        )
-        taken_BNE = taken_BNE * counted_BN[..., None]
-    place_BN = (taken_BNE.cumsum(dim=1) * taken_BNE).sum(dim=-1)
-    kept_TK = rearrange(place_BN <= capacity, "b (s k) -> (b s) k", k=slots)
-    return gates_TK * kept_TK
+        asked_TE = asked_TE * mask_T[:, None]
+    so_far_TE = asked_TE.cumsum(dim=0)
+    row_T = torch.arange(len(gates_TK), device=gates_TK.device)
+    first_T = torch.where(starts_T, row_T, 0).cummax(dim=0).values
+    before_TE = (so_far_TE - asked_TE)[first_T]
+    kept_TK = (so_far_TE - before_TE).gather(1, expert_index_TK) <= capacity
+    return gates_TK * (kept_TK if mask_T is None else kept_TK | ~mask_T[:, None])
 
 
 def _keep(

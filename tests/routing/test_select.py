@@ -168,13 +168,12 @@ def test_scores_that_all_underflow_give_finite_gates():
 
 
 def served_by_hand(
-    index_TK: Tensor, *, capacity: int, num_sequences: int, mask_T: Tensor | None
+    index_TK: Tensor, *, capacity: int, starts: list[int], mask_T: Tensor | None
 ) -> list[list[bool]]:
     """Which slots an expert serves, first come first served in each sequence."""
     kept = []
-    length = len(index_TK) // num_sequences
     for row, experts in enumerate(index_TK.tolist()):
-        if row % length == 0:
+        if row in starts:
             asked: Counter[int] = Counter()
         if mask_T is not None and not mask_T[row]:
             kept.append([True] * len(experts))  # padding takes no place and loses nothing
@@ -184,31 +183,36 @@ def served_by_hand(
     return kept
 
 
+def starting_at(starts: list[int], length: int) -> Tensor:
+    return torch.isin(torch.arange(length), torch.tensor(starts))
+
+
 @given(data=st.data())
 def test_capacity_is_first_come_first_served_in_each_sequence(data):
-    batch, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 6))
+    lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
     num_experts, capacity = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
     slots = data.draw(st.integers(1, num_experts))
     source = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
-    scores_TE = torch.rand(batch * length, num_experts, generator=source)
+    scores_TE = torch.rand(sum(lengths), num_experts, generator=source)
     gates_TK, index_TK = scores_TE.topk(slots)
     masked = data.draw(st.booleans())
-    mask_T = torch.rand(batch * length, generator=source) < 0.7 if masked else None
+    mask_T = torch.rand(sum(lengths), generator=source) < 0.7 if masked else None
 
     limited_TK = select.limit_capacity(
         gates_TK,
         index_TK,
         num_experts=num_experts,
         capacity=capacity,
-        num_sequences=batch,
+        starts_T=starting_at(starts, sum(lengths)),
         mask_T=mask_T,
     )
 
-    kept = served_by_hand(index_TK, capacity=capacity, num_sequences=batch, mask_T=mask_T)
+    kept = served_by_hand(index_TK, capacity=capacity, starts=starts, mask_T=mask_T)
     assert torch.equal(limited_TK, gates_TK * torch.tensor(kept))
     # never exceeded, counted in another way
     counted_TK = limited_TK > 0 if mask_T is None else (limited_TK > 0) & mask_T[:, None]
-    for first in range(0, batch * length, length):
+    for first, length in zip(starts, lengths, strict=True):
         rows = slice(first, first + length)
         served = Counter(index_TK[rows][counted_TK[rows]].tolist())
         assert all(count <= capacity for count in served.values())
@@ -217,20 +221,32 @@ def test_capacity_is_first_come_first_served_in_each_sequence(data):
 def test_capacity_drops_the_later_token_and_padding_takes_no_place():
     gates_TK = torch.full((8, 1), 0.5)
     index_TK = torch.zeros(8, 1, dtype=torch.int64)
-    limit = partial(
-        select.limit_capacity, gates_TK, index_TK, num_experts=2, capacity=2, num_sequences=2
-    )
-    assert limit().flatten().bool().tolist() == [True, True, False, False] * 2
+    limit = partial(select.limit_capacity, gates_TK, index_TK, num_experts=2, capacity=2)
+    halves = starting_at([0, 4], 8)
+    assert limit(starts_T=halves).flatten().bool().tolist() == [True, True, False, False] * 2
+    # sequences of three, one and four tokens
+    ragged = limit(starts_T=starting_at([0, 3, 4], 8))
+    assert ragged.flatten().bool().tolist() == [True, True, False, True, True, True, False, False]
     mask_T = torch.tensor([False, True, True, True, True, True, False, True])
     # rows 0 and 6 are padding: they keep their gates, and the two after row 0 are served
     expected = [True, True, True, False, True, True, True, False]
-    assert limit(mask_T=mask_T).flatten().bool().tolist() == expected
+    assert limit(starts_T=halves, mask_T=mask_T).flatten().bool().tolist() == expected
+
+
+def test_capacity_of_no_rows_is_no_gates():
+    # a base's own expert that no token was routed to
+    gates_TK, index_TK = torch.zeros(0, 2), torch.zeros(0, 2, dtype=torch.int64)
+    starts_T = torch.zeros(0, dtype=torch.bool)
+    limited = select.limit_capacity(
+        gates_TK, index_TK, num_experts=2, capacity=1, starts_T=starts_T
+    )
+    assert limited.shape == (0, 2)
 
 
 def test_capacity_keeps_the_gradient_of_what_it_serves():
     gates_TK = torch.rand(4, 1, requires_grad=True)
     index_TK = torch.zeros(4, 1, dtype=torch.int64)
     select.limit_capacity(
-        gates_TK, index_TK, num_experts=1, capacity=3, num_sequences=1
+        gates_TK, index_TK, num_experts=1, capacity=3, starts_T=starting_at([0], 4)
     ).sum().backward()
     assert gates_TK.grad.flatten().tolist() == [1.0, 1.0, 1.0, 0.0]
