@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2.exceptions import SecurityError
 from transformers import PreTrainedTokenizerBase
 
 from molora.errors import DataError
@@ -23,11 +23,13 @@ class Rendered:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A tokenizer's chat template and the token by which it ends the assistant's turn."""
+    """A tokenizer's chat template and how it ends the assistant's turn."""
 
     tokenizer: PreTrainedTokenizerBase
     stop_id: int
+    """The token that stops generation, the last of ``stop``."""
     stop: str
+    """The special tokens behind an answer; mostly one, Command R7B's template has two."""
 
     def render(self, messages: list[dict[str, Any]], where: str) -> list[Rendered]:
         """The training texts of a conversation; its answers are exactly what the model must write.
@@ -92,7 +94,12 @@ class ChatTemplate:
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=prompt
             )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+        except SecurityError as error:
+            raise DataError(
+                f"{where}: the chat template tries what a template may not do: {error}. Do not use "
+                "this tokenizer's template: chat_template: none."
+            ) from error
+        except Exception as error:  # a stranger's code can raise anything
             raise DataError(
                 f"{where}: the chat template refuses this conversation: {error}"
             ) from error
@@ -101,15 +108,13 @@ class ChatTemplate:
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    """The tokenizer's template (it must have one), with the stop token that a rendering shows.
+    """The tokenizer's template (it must have one), with the stop token that renderings show.
 
     Raises:
-        DataError: when assistant turns end with plain text: a model trained so never stops.
+        DataError: when assistant turns end with plain text: a model trained so never stops; and
+            when the template leaves out the text of messages.
     """
-    probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-    template = ChatTemplate(tokenizer, stop_id=-1, stop="")
-    tail = template._text(probe, "chat template", prompt=False).rpartition(_PROBE)[2].lstrip()
-    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    ids, tail = _after_answer(tokenizer, [])
     known = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
     if not ids or ids[0] not in known:
         raise DataError(
@@ -117,5 +122,30 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
             "its own: the model would not learn to stop. Use a template that ends turns with a "
             "special token, or prompt and completion with chat_template: none."
         )
-    stop = tokenizer.convert_ids_to_tokens(ids[0])
-    return ChatTemplate(tokenizer, stop_id=ids[0], stop=str(stop))
+    # what ends every turn; Phi-3's template has an eos more behind the last one
+    following, _ = _after_answer(tokenizer, [{"role": "user", "content": "?"}])
+    common = [
+        token
+        for place, token in enumerate(ids)
+        if known.issuperset(ids[: place + 1]) and ids[: place + 1] == following[: place + 1]
+    ]
+    stops = common or ids[:1]
+    text = "".join(map(str, tokenizer.convert_ids_to_tokens(stops)))
+    return ChatTemplate(tokenizer, stop_id=stops[-1], stop=text)
+
+
+def _after_answer(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]]
+) -> tuple[list[int], str]:
+    """Tokens and text that a template puts behind an answer that these turns follow."""
+    probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+    template = ChatTemplate(tokenizer, stop_id=-1, stop="")
+    text = template._text([*probe, *turns], "chat template", prompt=False)
+    _, found, tail = text.rpartition(_PROBE)
+    if not found:
+        raise DataError(
+            f"the chat template leaves out the text of messages: it makes {text!r} of the answer "
+            f"{_PROBE!r}. Use a template for contents that are strings, or prompt and completion "
+            "with chat_template: none."
+        )
+    return list(tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"]), tail
