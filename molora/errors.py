@@ -23,3 +23,7 @@ class BackendError(MoLoRAError):
 
 class DataError(MoLoRAError):
     """A data file or row that cannot be trained on."""
+
+
+class TrainingError(MoLoRAError):
+    """A run that cannot go on: numbers that are not finite, or processes that do not agree."""

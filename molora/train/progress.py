@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from molora.config.run import RunConfig
 from molora.data import Tokenized
 from molora.train.dry_run import DryRun, render
 from molora.train.metrics import kind_of, memory_mib
+
+if TYPE_CHECKING:
+    from molora.train.run import TrainResult
 
 
 class ProgressDisplay(TrainerCallback):
@@ -27,8 +33,10 @@ class ProgressDisplay(TrainerCallback):
         self._task: Any = None
         self._started = time.perf_counter()
 
-    def show_run(self, data: Tokenized, mixture: DryRun) -> None:
-        """Say what is trained, and on what."""
+    def show_run(
+        self, data: Tokenized, mixture: DryRun, *, engine: Mapping[str, Any] | None = None
+    ) -> None:
+        """Say what is trained, on what, and with which configuration of DeepSpeed."""
         render(mixture, self.console)
         counts = data.train_counts
         self.console.print(
@@ -38,6 +46,9 @@ class ProgressDisplay(TrainerCallback):
             highlight=False,
             soft_wrap=True,
         )
+        if engine is not None:
+            shown = f"DeepSpeed: {json.dumps(engine)}"
+            self.console.print(shown, highlight=False, markup=False, soft_wrap=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started = time.perf_counter()
@@ -105,3 +116,16 @@ def figures(logs: Mapping[str, Any]) -> str:
         parts.append(f"{logs['tokens_per_second']:.0f} tokens/s")
     parts.append(f"{memory_mib():.0f} MiB")
     return " · ".join(parts)
+
+
+def closing_words(config: RunConfig, result: TrainResult) -> str:
+    """What came out of a run, and how to try it."""
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+    adapter = result.output_dir / "adapter"
+    # a base model from the hub has to be named again: generate fetches nothing unasked
+    base = "" if Path(config.model.name).is_dir() else f" --model {config.model.name}"
+    return (
+        f"{metrics}; {result.tokens:,} tokens in {result.seconds:.0f} s\n"
+        f"The mixture is in {adapter}. Try it:\n"
+        f'  molora generate --adapter {adapter}{base} --prompt "…"'
+    )

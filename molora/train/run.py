@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import time
 from collections.abc import Iterator
@@ -27,12 +28,14 @@ from molora.errors import DataError
 from molora.io.native import check_writable
 from molora.train import checkpointing
 from molora.train.arguments import trainer_arguments
+from molora.train.deepspeed_config import OUTPUT as ENGINE
 from molora.train.dry_run import describe
 from molora.train.loading import load_model, load_tokenizer
 from molora.train.metrics import MetricsWriter, measured
 from molora.train.mixin import ADAPTER
 from molora.train.progress import ProgressDisplay
 from molora.train.start import attached
+from molora.train.startup import joined
 
 if TYPE_CHECKING:
     from molora.train.trainer import SFTTrainer
@@ -59,7 +62,9 @@ class TrainResult:
     tokenizer: PreTrainedTokenizerBase
 
 
-def train(config: RunConfig, *, progress: bool = True) -> TrainResult:
+def train(
+    config: RunConfig, *, progress: bool = True, resume: str | Path | None = None
+) -> TrainResult:
     """Train a mixture and write it to ``output_dir/adapter``, complete or not at all.
 
     The same configuration gives the same mixture, bit for bit on a CPU with the same number of
@@ -68,33 +73,39 @@ def train(config: RunConfig, *, progress: bool = True) -> TrainResult:
     Args:
         config: the run, e.g. `molora.load_config(path)`.
         progress: show it on the terminal (stderr).
+        resume: a checkpoint to go on from; "auto" for the newest complete one of output_dir, or
+            the beginning if there is none.
 
     Raises:
         ConfigError: a model that cannot be loaded, settings that do not fit it.
         DataError: rows that cannot be trained on, or that lack a column that the mixture needs.
         AttachError: targets that do not fit the model.
         CheckpointError: an output directory whose adapter/ is a file.
+        TrainingError: processes that were not all started with this run, or that went away.
     """
     adapter = config.output_dir / ADAPTER
     check_writable(adapter)
-    with _threads(config.train.threads):
+    with joined(config) as peers, _threads(config.train.threads):
         tokenizer = load_tokenizer(config.model)
         data = tokenize(config.data, tokenizer, seed=config.seed)
         check_columns(config.mixture, data)
+        peers.agree(_counts(data), seconds=config.train.timeout_seconds, what="data")
+        # before the model, whose weights ZeRO-3 then puts straight into their parts
+        arguments = _arguments(config)
         model = load_model(config.model)
-        base_parameters = sum(p.numel() for p in model.parameters())
+        base_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         mixture = attached(config, model)
         table = describe(mixture, model=config.model.name, base_parameters=base_parameters)
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        (config.output_dir / CONFIG).write_text(as_yaml(config), encoding="utf-8")
+        if peers.rank == 0:
+            _write_config(config, arguments.deepspeed)
         writer = MetricsWriter(config.output_dir / METRICS)
         with _left_as_found(model), ProgressDisplay(quiet=not progress) as display:
-            trainer = _trainer(config, mixture, tokenizer, data)
+            trainer = _trainer(config, arguments, mixture, tokenizer, data)
             trainer.add_callback(writer)
             trainer.add_callback(display)
             if trainer.is_world_process_zero():
-                display.show_run(data, table)
-            metrics, seconds = _run(trainer)
+                display.show_run(data, table, engine=arguments.deepspeed)
+            metrics, seconds = _run(trainer, resume)
             trainer.save_model(str(adapter))
     if trainer.is_world_process_zero():
         summary = {
@@ -146,16 +157,31 @@ _Dumper.add_representer(
 )
 
 
-def _trainer(
-    config: RunConfig, mixture: Mixture, tokenizer: PreTrainedTokenizerBase, data: Tokenized
-) -> SFTTrainer:
+def _arguments(config: RunConfig) -> Any:
     from trl import SFTConfig
 
+    return SFTConfig(**trainer_arguments(config))
+
+
+def _write_config(config: RunConfig, engine: dict[str, Any] | None) -> None:
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    (config.output_dir / CONFIG).write_text(as_yaml(config), encoding="utf-8")
+    if engine is not None:
+        (config.output_dir / ENGINE).write_text(json.dumps(engine, indent=2) + "\n", "utf-8")
+
+
+def _trainer(
+    config: RunConfig,
+    arguments: Any,
+    mixture: Mixture,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Tokenized,
+) -> SFTTrainer:
     from molora.train.trainer import SFTTrainer
 
     trainer = SFTTrainer(
         mixture.model,
-        SFTConfig(**trainer_arguments(config)),
+        arguments,
         mixture=mixture,
         router_learning_rate=config.train.router_learning_rate,
         lora_plus_ratio=config.train.lora_plus_ratio,
@@ -170,9 +196,9 @@ def _trainer(
     return trainer
 
 
-def _run(trainer: SFTTrainer) -> tuple[dict[str, float], float]:
+def _run(trainer: SFTTrainer, resume: str | Path | None) -> tuple[dict[str, float], float]:
     started = time.perf_counter()
-    metrics = {"train_loss": trainer.train().metrics["train_loss"]}
+    metrics = {"train_loss": trainer.train(resume).metrics["train_loss"]}
     seconds = time.perf_counter() - started
     if trainer.eval_dataset is not None:
         evaluated = [
@@ -188,16 +214,19 @@ def _run(trainer: SFTTrainer) -> tuple[dict[str, float], float]:
 def _about(data: Tokenized, mixture: Mixture) -> dict[str, Any]:
     return {
         "parameters": mixture.num_parameters(),
-        "data": {
-            "train": asdict(data.train_counts),
-            "eval": asdict(data.eval_counts) if data.eval_counts else None,
-            "tasks": list(data.tasks),
-        },
+        "data": {**_counts(data), "tasks": list(data.tasks)},
         "versions": {
             "molora": __version__,
             "python": platform.python_version(),
             **{name: version(name) for name in _LIBRARIES},
         },
+    }
+
+
+def _counts(data: Tokenized) -> dict[str, Any]:
+    return {
+        "train": asdict(data.train_counts),
+        "eval": asdict(data.eval_counts) if data.eval_counts else None,
     }
 
 
