@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from faults import failing, killed_in_child, largest_file, patched
 from saved_mixtures import MANIFEST, save_tiny, tensors_path
 from tiny_models import randomize, tiny
 from torch import Tensor
 
 import molora
 
-CALLS = ["mkdir", "open", "fsync", "replace", "unlink"]
-"""Functions of `os` that a save calls; bytes are written by files, which limits stop below."""
 State = dict[str, Tensor]
 
 
@@ -46,65 +43,6 @@ def _loaded(directory: Path) -> State:
     return _copy(molora.load(tiny("llama"), directory))
 
 
-@contextmanager
-def _patched(change: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    originals = {name: getattr(os, name) for name in CALLS}
-    try:
-        for name, original in originals.items():
-            setattr(os, name, change(name, original))
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(os, name, original)
-
-
-@contextmanager
-def _failing(call: str, at: int, code: int) -> Iterator[list[str]]:
-    """Inside, the `at`-th call (from 0) of one function fails; yields the calls."""
-    calls: list[str] = []
-
-    def change(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def replacement(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name)
-            if name == call and calls.count(call) == at + 1:
-                raise OSError(code, os.strerror(code))
-            return original(*args, **kwargs)
-
-        return replacement
-
-    with _patched(change):
-        yield calls
-
-
-@contextmanager
-def _largest_file(num_bytes: int) -> Iterator[None]:
-    """Inside, writing more into one file fails, as on a full disk."""
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-
-
-def _killed_in_child(run: Callable[[], None]) -> bool:
-    """Whether a forked copy of this process was killed by a signal while it ran."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            run()
-            code = 0
-        finally:
-            os._exit(code)  # neither pytest nor exit handlers of the parent run here
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGXFSZ)
-        return True
-    assert os.WEXITSTATUS(status) == 0, "the child failed"
-    return False
-
-
 def _save_and_kill(mixture: molora.Mixture, directory: Path, at: int) -> None:
     """Save; SIGKILL before the `at`-th call, or after it if `at` is odd."""
     count = 0
@@ -123,7 +61,7 @@ def _save_and_kill(mixture: molora.Mixture, directory: Path, at: int) -> None:
 
         return replacement
 
-    with _patched(change):
+    with patched(change):
         mixture.save(directory)
 
 
@@ -141,7 +79,7 @@ def test_killed_at_any_call_the_old_or_the_new_mixture_loads(
     old = _loaded(directory) if existing else {}
     new = _copy(mixture)
     outcomes: list[str] = []
-    while _killed_in_child(lambda: _save_and_kill(mixture, directory, len(outcomes))):
+    while killed_in_child(lambda: _save_and_kill(mixture, directory, len(outcomes))):
         if (directory / MANIFEST).exists() or existing:
             found = _loaded(directory)
             assert _same(found, new) != _same(found, old)
@@ -180,10 +118,10 @@ def test_killed_in_the_middle_of_writing_the_old_mixture_loads(
 
     def save() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        with _largest_file(size * tenths // 10):
+        with largest_file(size * tenths // 10):
             mixture.save(directory)
 
-    assert _killed_in_child(save) == (tenths < 10)
+    assert killed_in_child(save) == (tenths < 10)
     assert _same(_loaded(directory), old if tenths < 10 else _copy(mixture))
     leftovers = list(directory.glob(".molora.*.partial"))
     assert len(leftovers) == (tenths < 10)
@@ -204,7 +142,7 @@ def test_a_full_disk_is_an_error_that_leaves_the_old_mixture(
     size = tensors_path(tmp_path / "old").stat().st_size
     names = sorted(path.name for path in directory.glob("*"))
     with (
-        _largest_file(int(size * share)),
+        largest_file(int(size * share)),
         pytest.raises(molora.CheckpointError, match=r"could not be written: .*File too large"),
     ):
         mixture.save(directory)
@@ -227,7 +165,7 @@ def test_a_failing_call_is_an_error_that_leaves_a_whole_mixture(
     directory = tmp_path / ("old" if existing else "new")
     old = _loaded(directory) if existing else {}
     with (
-        _failing(call, at, code),
+        failing(call, at, OSError(code, os.strerror(code))),
         pytest.raises(molora.CheckpointError, match=f"could not be written: .*{os.strerror(code)}"),
     ):
         mixture.save(directory)
@@ -247,7 +185,7 @@ def test_a_failing_call_is_an_error_that_leaves_a_whole_mixture(
 def test_what_cannot_be_deleted_does_not_fail_the_save(
     mixture: molora.Mixture, tmp_path: Path
 ) -> None:
-    with _failing("unlink", 0, errno.EACCES) as calls:
+    with failing("unlink", 0, PermissionError("no")) as calls:
         mixture.save(tmp_path / "old")
     assert "unlink" in calls
     assert len(list((tmp_path / "old").glob("*.safetensors"))) == 2
@@ -260,7 +198,7 @@ def test_data_reaches_the_disk_before_the_name_that_promises_it(
     mixture: molora.Mixture, tmp_path: Path
 ) -> None:
     """Tensors, then the manifest that names them, then the old file goes: each flushed before."""
-    with _failing("nothing", 0, errno.EIO) as calls:
+    with failing("nothing", 0, OSError()) as calls:
         mixture.save(tmp_path / "old")
     order = [call for call in calls if call in ("fsync", "replace", "unlink")]
     assert order == ["fsync", "replace", "fsync"] * 2 + ["unlink"]
