@@ -110,12 +110,13 @@ def pack(dataset: Dataset, max_length: int) -> Dataset:
             f"the data set has a column `{LENGTHS}`: it is packed already. Pack a data set once, "
             "with one sequence per row."
         )
-    lengths = _lengths(dataset)
+    lengths = lengths_of(dataset)
     chunks = [_packed(dataset, bins, lengths) for bins in _chunks(best_fit(lengths, max_length))]
     return concatenate_datasets(chunks) if chunks else dataset
 
 
-def _lengths(dataset: Dataset) -> list[int]:
+def lengths_of(dataset: Dataset) -> list[int]:
+    """Number of tokens of each row."""
     import pyarrow.compute as pc
 
     lengths: list[int] = []
