@@ -49,6 +49,13 @@ def joined(config: RunConfig) -> Iterator[Peers]:
         check_locks(_COMPILED_ON_CPU)
     if (peers.size > 1 or engine is not None) and not dist.is_initialized():
         _form_group(peers, seconds=seconds, threads=config.train.threads)
+    if engine is not None:
+        import deepspeed
+
+        # now, since the weights of ZeRO-3 are divided before there is an engine
+        deepspeed.init_distributed(
+            dist.get_backend(), auto_mpi_discovery=False, timeout=timedelta(seconds=seconds)
+        )
     try:
         yield peers
     except RuntimeError as error:
