@@ -26,6 +26,10 @@ class Columns(Frozen):
     """Holds what it is to write."""
     text: str | None = None
     """Holds a text that is learnt from first to last."""
+    chosen: str | None = None
+    """Holds the preferred answer: a string, a list of one message, or a whole conversation."""
+    rejected: str | None = None
+    """Holds the other answer, in the same form."""
     task: str | None = None
     """Holds the name of the row's task."""
     task_types: str | None = None

@@ -27,6 +27,16 @@ class Encoded:
     """Number of tokens before ``max_length`` cut some off."""
 
     @property
+    def columns(self) -> tuple[list[int], ...]:
+        """In the order of `RowEncoder.COLUMNS`."""
+        return self.input_ids, self.labels
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that are left."""
+        return len(self.input_ids)
+
+    @property
     def truncated(self) -> bool:
         """Whether ``max_length`` cut it; then the last answer may lack its stop token."""
         return self.length > len(self.input_ids)
@@ -59,6 +69,8 @@ class RowEncoder:
         max_length: examples are cut to so many tokens, at the end.
         chat_template: ``auto`` uses the tokenizer's template if it has one.
     """
+
+    COLUMNS = ("input_ids", "labels")
 
     def __init__(
         self,

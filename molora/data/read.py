@@ -13,23 +13,27 @@ from typing import Any
 
 from molora.config.data import Columns, DataSource
 from molora.data.hub import dataset_rows
-from molora.data.rows import Row, check_row
+from molora.data.rows import Body, Row, check_row, to_learn
 from molora.errors import DataError
 
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv"}
 
 
-def read(source: DataSource) -> Iterator[Row]:
+def read(source: DataSource, body: Body = to_learn) -> Iterator[Row]:
     """The checked rows of a source, in order; columns that :class:`Row` does not have are not read.
 
     A file is read lazily, and by the plain parsers: ``datasets.load_dataset`` turns a column of
     ``"2024-01-01"`` into timestamps and gives no line number for a fault. Data sets given by name
     come with the types that they were published with, or that `datasets` guessed.
 
+    Args:
+        source: where they are.
+        body: checks what is trained on: of supervised rows, or of preferences.
+
     Raises:
         DataError: naming source, row, rule and remedy, for a file that is missing, empty or of
             unknown format, for a data set that cannot be loaded, and for a row that is not of
-            exactly one of the three forms.
+            exactly one of the forms.
     """
     if source.path is None:
         place, records = source.shown, dataset_rows(source)
@@ -39,7 +43,7 @@ def read(source: DataSource) -> Iterator[Row]:
     empty = True
     for where, fields in islice(records, source.rows):
         empty = False
-        yield check_row(fields, f"{place}, {where}", source)
+        yield check_row(fields, f"{place}, {where}", source, body)
     if empty:
         raise DataError(f"{source.shown} has no rows. A source of data needs at least one.")
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 from operator import add
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from molora.config.data import DataConfig, DataSource
-from molora.data.mask import Encoded, RowEncoder
+from molora.data.mask import RowEncoder
 from molora.data.mixing import drawn_per_epoch, epoch_indices
 from molora.data.read import read
-from molora.data.rows import Row
+from molora.data.rows import Body, Row, to_learn
 from molora.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 # Examples that are Python lists at one time; Arrow then holds them at 4 bytes a token and column.
 _CHUNK = 1000
 _NUMBERS = ("task_types", "cluster_ids")
-_COLUMNS = ("input_ids", "labels", "task", *_NUMBERS)
 
 
 @dataclass
@@ -37,7 +36,8 @@ class Counts:
     truncated: int = 0
     """Examples that ``max_length`` cut and that still have a supervised token."""
     dropped: int = 0
-    """Examples left out because ``max_length`` cut off all their supervised tokens."""
+    """Examples left out because ``max_length`` cut off all their supervised tokens, or of a pair
+    all in which the answers differ."""
     tokens: int = 0
     supervised: int = 0
     """Tokens with a loss."""
@@ -57,6 +57,36 @@ class Part:
     left out among them."""
     drawn: int = 0
     """Examples in an epoch; of a training source, by its share."""
+
+
+class Example(Protocol):
+    """What `molora.data.mask.Encoded` says of itself."""
+
+    @property
+    def columns(self) -> tuple[list[int], ...]: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def supervised(self) -> int: ...
+    @property
+    def truncated(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Form:
+    """What rows are turned into: answers to learn, or pairs to compare.
+
+    Attributes:
+        body: checks a row.
+        encode: row → its examples.
+        columns: names of the token columns, as an example has them.
+    """
+
+    body: Body
+    encode: Callable[[Row], Sequence[Example]]
+    columns: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -84,6 +114,8 @@ def tokenize(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: in
     every row of train (of eval) has a task type or none has, and likewise a cluster.
 
     Args:
+        config: what to read.
+        tokenizer: makes tokens of it.
         seed: draws the examples of an epoch where sources are mixed (see ``molora.data.mixing``).
 
     Raises:
@@ -93,11 +125,14 @@ def tokenize(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: in
     encoder = RowEncoder(
         tokenizer, max_length=config.max_length, chat_template=config.chat_template
     )
+    return as_datasets(config, Form(to_learn, encoder, encoder.COLUMNS), seed=seed)
+
+
+def as_datasets(config: DataConfig, form: Form, *, seed: int) -> Tokenized:
+    """As `tokenize`, with rows and examples of another form."""
     tasks_seen = _AllOrNone("task")
-    train, train_parts = _encode(config.train, encoder, tasks_seen)
-    evaluation, eval_parts = (
-        _encode(config.eval, encoder, tasks_seen) if config.eval else (None, ())
-    )
+    train, train_parts = _encode(config.train, form, tasks_seen)
+    evaluation, eval_parts = _encode(config.eval, form, tasks_seen) if config.eval else (None, ())
     names = {*train["task"], *(evaluation["task"] if evaluation is not None else ())} - {None}
     tasks = tuple(sorted(names))
     return Tokenized(
@@ -121,39 +156,42 @@ def _mixed(dataset: Dataset, parts: Sequence[Part], config: DataConfig, seed: in
 
 
 def _encode(
-    sources: Sequence[DataSource], encoder: RowEncoder, tasks_seen: _AllOrNone
+    sources: Sequence[DataSource], form: Form, tasks_seen: _AllOrNone
 ) -> tuple[Dataset, tuple[Part, ...]]:
     parts = tuple(Part(source) for source in sources)
     numbers_seen = [_AllOrNone(name) for name in _NUMBERS]
-    chunks, columns = [], _empty()
-    for row, part in _rows(parts):
+    names = (*form.columns, "task", *_NUMBERS)
+    chunks: list[Dataset] = []
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    for row, part in _rows(parts, form.body):
         numbers = [getattr(row, name) for name in _NUMBERS]
         tasks_seen.check(row.task, row.where)
         for seen, value in zip(numbers_seen, numbers, strict=True):
             seen.check(value, row.where)
-        for example in encoder(row):
+        for example in form.encode(row):
             if _count(example, part):
-                values = (example.input_ids, example.labels, row.task, *numbers)
+                values = (*example.columns, row.task, *numbers)
                 for column, value in zip(columns.values(), values, strict=True):
                     column.append(value)
         if len(columns["task"]) >= _CHUNK:
-            chunks.append(_dataset(columns))
-            columns = _empty()
-    chunks.append(_dataset(columns))
+            chunks.append(_dataset(columns, form))
+            columns = {name: [] for name in names}
+    chunks.append(_dataset(columns, form))
     for part in parts:
         part.drawn = part.counts.examples
     if all(part.counts.examples == 0 for part in parts):
         rows = sum(part.counts.rows for part in parts)
         raise DataError(
-            f"max_length cuts all {rows} rows of {', '.join(s.shown for s in sources)} "
-            "before their first supervised token. Raise max_length, or shorten the prompts."
+            f"max_length cuts all {rows} rows of {', '.join(s.shown for s in sources)} before "
+            "their first supervised token, or of pairs before the answers differ. Raise "
+            "max_length, or shorten the prompts."
         )
     from datasets import concatenate_datasets
 
     return concatenate_datasets(chunks), parts
 
 
-def _count(example: Encoded, part: Part) -> bool:
+def _count(example: Example, part: Part) -> bool:
     """Count an example; whether it is one to train on."""
     counts = part.counts
     part.lengths[example.length] += 1
@@ -162,28 +200,24 @@ def _count(example: Encoded, part: Part) -> bool:
         return False
     counts.examples += 1
     counts.truncated += example.truncated
-    counts.tokens += len(example.input_ids)
+    counts.tokens += example.tokens
     counts.supervised += example.supervised
     return True
 
 
-def _rows(parts: Sequence[Part]) -> Iterator[tuple[Row, Part]]:
+def _rows(parts: Sequence[Part], body: Body) -> Iterator[tuple[Row, Part]]:
     for part in parts:
-        for row in read(part.source):
+        for row in read(part.source, body):
             part.counts.rows += 1
             yield row, part
 
 
-def _empty() -> dict[str, list[Any]]:
-    return {name: [] for name in _COLUMNS}
-
-
-def _dataset(columns: dict[str, list[Any]]) -> Dataset:
+def _dataset(columns: dict[str, list[Any]], form: Form) -> Dataset:
     from datasets import Dataset, Features, List, Value
 
-    tokens = List(Value("int32"))
-    types = (tokens, tokens, Value("string"), *[Value("int64")] * len(_NUMBERS))
-    return Dataset.from_dict(columns, Features(dict(zip(_COLUMNS, types, strict=True))))
+    types = {name: List(Value("int32")) for name in form.columns}
+    types |= {"task": Value("string"), **{name: Value("int64") for name in _NUMBERS}}
+    return Dataset.from_dict(columns, Features(types))
 
 
 def _with_side_columns(dataset: Dataset, tasks: tuple[str, ...]) -> Dataset:
