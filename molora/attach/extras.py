@@ -114,9 +114,11 @@ def _embedding_weights(
     weights = {id(e.weight): e.weight for e in embeddings if e is not None}
     for name, parameter in model.named_parameters():
         if id(parameter) in weights:
-            if max(ids) >= parameter.shape[0]:
+            # under ZeRO-3 the parameter itself is empty
+            rows = getattr(parameter, "ds_shape", parameter.shape)[0]
+            if max(ids) >= rows:
                 raise AttachError(
-                    f"train_tokens has id {max(ids)}, but {name} has {parameter.shape[0]} rows. "
+                    f"train_tokens has id {max(ids)}, but {name} has {rows} rows. "
                     "Call model.resize_token_embeddings first."
                 )
             yield name, parameter

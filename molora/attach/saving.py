@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from molora import io
 from molora.attach.attach import attach, check_attachable
-from molora.attach.fingerprint import check_same_base, fingerprint
+from molora.attach.fingerprint import Gather, check_same_base, fingerprint
 from molora.attach.mixture import check_names_and_shapes
 from molora.attach.plan import make_plan
 from molora.errors import AttachError, CheckpointError, ConfigError
@@ -45,9 +45,9 @@ def save_mixture(
     )
 
 
-def base_fingerprint(mixture: Mixture) -> io.BaseFingerprint:
-    """The fingerprint of the frozen base below a mixture."""
-    return fingerprint(mixture.model, exclude=_not_base(mixture))
+def base_fingerprint(mixture: Mixture, *, gather: Gather | None = None) -> io.BaseFingerprint:
+    """The fingerprint of the frozen base below a mixture; see `fingerprint` for `gather`."""
+    return fingerprint(mixture.model, exclude=_not_base(mixture), gather=gather)
 
 
 def load(model: nn.Module, directory: str | Path) -> Mixture:
@@ -80,11 +80,11 @@ def load(model: nn.Module, directory: str | Path) -> Mixture:
     return mixture
 
 
-def load_values(mixture: Mixture, directory: str | Path) -> None:
+def load_values(mixture: Mixture, directory: str | Path, *, gather: Gather | None = None) -> None:
     """Copy the values saved in `directory` into a mixture that is attached, all or none.
 
     Its configuration may differ in what only training reads: losses, dropout, noise, starting
-    values, backend and the preset's name.
+    values, backend and the preset's name. With `gather`, the base may be partitioned.
 
     Raises:
         CheckpointError: damaged files, another base model, experts or routers that compute
@@ -92,7 +92,7 @@ def load_values(mixture: Mixture, directory: str | Path) -> None:
     """
     directory = Path(directory)
     manifest = io.read_manifest(directory)
-    check_same_base(mixture.model, manifest.base)
+    check_same_base(mixture.model, manifest.base, gather=gather)
     saved, own = (_lasting(config.model_dump()) for config in (manifest.mixture, mixture.config))
     other = [n for n in {**own, **saved} if own.get(n, "absent") != saved.get(n, "absent")]
     if other:

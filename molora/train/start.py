@@ -7,6 +7,7 @@ from typing import Any
 from molora.attach import Mixture, attach
 from molora.attach.saving import load_values
 from molora.config.run import RunConfig
+from molora.train.gather import gathered
 
 
 def attached(config: RunConfig, model: Any) -> Mixture:
@@ -21,7 +22,9 @@ def attached(config: RunConfig, model: Any) -> Mixture:
     """
     mixture = attach(model, config.mixture, seed=config.seed)
     if config.train.start_from is not None and model.device.type != "meta":
-        load_values(mixture, config.train.start_from)
+        # under ZeRO-3 the base is divided by now, and what it lends to be trained with it
+        with gathered(mixture.extras.trainable(), modifier_rank=0):
+            load_values(mixture, config.train.start_from, gather=gathered)
     for role in config.train.freeze:
         mixture.freeze(role)
     return mixture
