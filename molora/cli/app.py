@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from molora import __version__
+from molora.cli.data import data
 from molora.cli.doctor import declared, doctor
 from molora.cli.generate import chat, generate
 from molora.cli.inspect import inspect
@@ -60,6 +61,7 @@ app = typer.Typer(
 )
 for command in (train, generate, chat, inspect, methods, schema, doctor):
     app.command()(command)
+app.add_typer(data, name="data")
 
 
 def _print_version(wanted: bool) -> None:

@@ -18,7 +18,7 @@ import molora as package
 from molora.errors import AttachError
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ["train", "generate", "chat", "inspect", "methods", "schema", "doctor"]
+COMMANDS = ["train", "generate", "chat", "inspect", "methods", "schema", "doctor", "data"]
 
 
 def test_version(molora: Callable[..., Any]) -> None:

@@ -1,0 +1,157 @@
+"""What a data config makes of its rows, for people to look at before they train."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice, pairwise
+from typing import TYPE_CHECKING, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from molora.config.data import DataConfig, DataSource
+from molora.data.mask import IGNORED, Encoded, RowEncoder
+from molora.data.packing import LENGTHS, PackingRates, lengths_of, packing_rates
+from molora.data.read import read
+from molora.data.rows import Row
+from molora.data.tokenized import Tokenized
+
+if TYPE_CHECKING:
+    # of the extra `train`: who only generates needs no data sets
+    from datasets import Dataset
+
+Kind = Literal["prompt", "supervised", "cut"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Successive tokens of an example that are treated alike."""
+
+    kind: Kind
+    """Without loss, with loss, or beyond ``max_length``."""
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One example of a row, before it is cut."""
+
+    source: str
+    where: str
+    """As errors name the row, which may be a row of equal name in several sources."""
+    runs: tuple[Run, ...]
+
+    def tokens(self, kind: Kind) -> int:
+        """Number of tokens of a kind."""
+        return sum(run.tokens for run in self.runs if run.kind == kind)
+
+
+def samples(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: int
+) -> Iterator[list[Sample]]:
+    """The examples of each of the first rows, taking from the training sources in turn.
+
+    Raises:
+        DataError: as `molora.data.tokenize`.
+    """
+    # whole, to show what is cut off
+    encoder = RowEncoder(tokenizer, max_length=sys.maxsize, chat_template=config.chat_template)
+    for source, row in islice(_in_turn(config.train), rows):
+        yield [
+            Sample(source.shown, row.where, tuple(_runs(example, tokenizer, config.max_length)))
+            for example in encoder(row)
+        ]
+
+
+def _in_turn(sources: Sequence[DataSource]) -> Iterator[tuple[DataSource, Row]]:
+    readers = [(source, read(source)) for source in sources]
+    while turn := [(source, row) for source, reader in readers for row in islice(reader, 1)]:
+        yield from turn
+
+
+def _runs(example: Encoded, tokenizer: PreTrainedTokenizerBase, limit: int) -> Iterator[Run]:
+    kinds: list[Kind] = [
+        "cut" if place >= limit else "prompt" if label == IGNORED else "supervised"
+        for place, label in enumerate(example.labels)
+    ]
+    end, text = 0, ""
+    for kind, group in groupby(kinds):
+        start, end = end, end + len(list(group))
+        # up to here and not by itself: some tokenizers drop the space that a text begins with
+        whole = tokenizer.decode(example.input_ids[:end], clean_up_tokenization_spaces=False)
+        text, before = whole, text
+        yield Run(kind, whole[len(before) :], end - start)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Numbers about the training examples of an epoch, and lengths of what the sources hold."""
+
+    tasks: dict[str, int]
+    """Task → sequences in an epoch; empty without tasks."""
+    lengths: Counter[int]
+    """Tokens of an example before it is cut → number of examples, all sources together."""
+    packing: PackingRates
+
+
+def figures(config: DataConfig, tokenized: Tokenized) -> Figures:
+    """Count what `molora.data.tokenize` made of a config."""
+    train = tokenized.train
+    numbers = _per_sequence(train, "task_ids") if "task_ids" in train.column_names else []
+    in_epoch = Counter(numbers)
+    if LENGTHS in train.column_names:
+        lengths = _per_sequence(train, LENGTHS)
+    else:
+        lengths = lengths_of(train)
+    return Figures(
+        tasks={name: in_epoch[number] for number, name in enumerate(tokenized.tasks)},
+        lengths=sum((part.lengths for part in tokenized.train_parts), Counter[int]()),
+        packing=packing_rates(lengths, config.max_length),
+    )
+
+
+def _per_sequence(dataset: Dataset, name: str) -> list[int]:
+    """A column of one number per sequence, also where rows hold several sequences."""
+    values = dataset[name]
+    if LENGTHS in dataset.column_names:
+        return [value for row in values for value in row]
+    return list(values)
+
+
+def quantile(lengths: Counter[int], share: float) -> int:
+    """The smallest length that at least this share of the examples does not exceed."""
+    needed = share * lengths.total()
+    seen = 0
+    for length in sorted(lengths):
+        seen += lengths[length]
+        if seen >= needed:
+            return length
+    return 0
+
+
+def histogram(lengths: Counter[int], bins: int = 12) -> list[tuple[int, int | None, int]]:
+    """(first, last, number of examples) of equal bins of a round width; the last bin is open.
+
+    The bins reach to where all but a hundredth of the examples end, so that a few long ones do not
+    put all others into one bin.
+    """
+    end = quantile(lengths, 0.99)
+    step = _round_up(end / bins)
+    first = (min(lengths) - 1) // step * step
+    edges = [*range(first, end, step), math.ceil(end / step) * step]
+    found = [
+        (low + 1, high, sum(n for length, n in lengths.items() if low < length <= high))
+        for low, high in pairwise(edges)
+    ]
+    beyond = sum(n for length, n in lengths.items() if length > edges[-1])
+    return [*found, (edges[-1] + 1, None, beyond)] if beyond else found
+
+
+def _round_up(width: float) -> int:
+    """The next of 1, 2, 5, 10, 20, 50 …"""
+    power = 10 ** max(0, math.floor(math.log10(max(width, 1))))
+    return next(power * digit for digit in (1, 2, 5, 10) if power * digit >= width)
