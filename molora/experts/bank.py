@@ -58,6 +58,8 @@ class ExpertBank(nn.Module):
         self.lora_B = nn.Parameter(first.lora_B, requires_grad=first.trainable)
         self.register_buffer("scaling", first.scaling, persistent=False)
         self.trainable = first.trainable
+        # not read from the factors later: partitioned by ZeRO-3, they have the shape (0,)
+        self.size, self.rank = first.lora_B.shape[0], first.lora_A.shape[1]
         for number, block in enumerate(rest, start=1):
             self.add_module(str(number), ExpertBank([block], backend=backend))
         self.backend = backend
@@ -66,7 +68,7 @@ class ExpertBank(nn.Module):
 
     @property
     def num_experts(self) -> int:
-        return sum(block.lora_B.shape[0] for block in self.blocks())
+        return sum(block.size for block in self.blocks())
 
     def blocks(self) -> Iterator[ExpertBank]:
         """The blocks in the order of their experts; the bank itself is the first."""
@@ -79,33 +81,45 @@ class ExpertBank(nn.Module):
             if block.trainable:
                 yield from ((role, getattr(block, n)) for n, role in block.FACTOR_ROLES.items())
 
-    def forward(self, x_TD: Tensor, routing: Routing | None) -> Tensor:
-        """(T, in) and its rows' decision → (T, out); without one, all experts act with gate 1."""
-        x_TD = x_TD.to(compute_dtype(x_TD))
-        x, mix = self._dropped(x_TD)
-        if routing is not None and len(self._modules) == 0:
-            return mix(
-                x, routing.gates, routing.expert_index, self.lora_A, self.lora_B, self.scaling
-            )
-        blocks = list(self.blocks())
-        sizes = [b.lora_B.shape[0] for b in blocks]
-        inputs = x.split(sizes) if x.dim() == 3 else [x] * len(blocks)
-        if routing is None:
-            deltas = [
-                mix(x_b, None, None, b.lora_A, b.lora_B, b.scaling)
-                for x_b, b in zip(inputs, blocks, strict=True)
-            ]
-        else:
-            gates = routing.dense_gates().split(sizes, dim=1)
-            deltas = [
-                mix(x_b, g, _all_experts(g), b.lora_A, b.lora_B, b.scaling)
-                for x_b, g, b in zip(inputs, gates, blocks, strict=True)
-            ]
-        return torch.stack(deltas).sum(dim=0) if len(deltas) > 1 else deltas[0]
+    def forward(
+        self, x_TD: Tensor, routing: Routing | None, *, slots_TK: Tensor | None = None
+    ) -> Tensor:
+        """(T, in) and its rows' decision → (T, out); without one, all experts act with gate 1.
 
-    def rows(self, x_TD: Tensor, expert_index_TK: Tensor) -> Tensor:
-        """(T, in) → (T, K, out): the ungated update of every chosen expert of the only block."""
-        x_TD, index_TK = x_TD.to(compute_dtype(x_TD)), expert_index_TK
+        With `slots_TK`, expert indices of a bank of one block, → (T, K, out): the ungated update of
+        each of them. Both come through here because ZeRO-3 has a module's parameters whole while
+        the module is called, not in other methods.
+        """
+        x_TD = x_TD.to(compute_dtype(x_TD))
+        if slots_TK is not None:
+            return self._rows(x_TD, slots_TK)
+        x = self._dropped(x_TD)
+        own, *others = blocks = list(self.blocks())
+        if not others:
+            return self._mixed(x, routing)
+        sizes = [block.size for block in blocks]
+        inputs = x.split(sizes) if x.dim() == 3 else [x] * len(blocks)
+        decisions: list[Routing | None] = [None] * len(blocks)
+        if routing is not None:
+            decisions = [_dense(gates) for gates in routing.dense_gates().split(sizes, dim=1)]
+        deltas = [own._mixed(inputs[0], decisions[0])]
+        deltas += [
+            block(x_b, decision)
+            for block, x_b, decision in zip(others, inputs[1:], decisions[1:], strict=True)
+        ]
+        return torch.stack(deltas).sum(dim=0)
+
+    def _mixed(self, x: Tensor, routing: Routing | None) -> Tensor:
+        """The update of the block's own experts."""
+        # an input per expert: only the reference takes one, and the option is documented as slow
+        mix = self.backend.lora_mix if x.dim() == 2 else reference.lora_mix
+        gates_TK, index_TK = (
+            (None, None) if routing is None else (routing.gates, routing.expert_index)
+        )
+        return mix(x, gates_TK, index_TK, self.lora_A, self.lora_B, self.scaling)
+
+    def _rows(self, x_TD: Tensor, expert_index_TK: Tensor) -> Tensor:
+        index_TK = expert_index_TK
         if self.training and self.dropout > 0 and self.dropout_mask == "per_expert":
             # a row with a mask of its own for every slot, since no expert has two slots of a row
             x_TD = x_TD.repeat_interleave(expert_index_TK.shape[1], dim=0)
@@ -114,17 +128,16 @@ class ExpertBank(nn.Module):
         delta = self.backend.lora_rows(x_TD, index_TK, self.lora_A, self.lora_B, self.scaling)
         return delta.view(*expert_index_TK.shape, -1)
 
-    def _dropped(self, x_TD: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
+    def _dropped(self, x_TD: Tensor) -> Tensor:
+        """(T, in), or with a mask per expert (E, T, in)."""
         if not self.training or self.dropout == 0:
-            return x_TD, self.backend.lora_mix
-        if self.dropout_mask == "shared":
-            return nn.functional.dropout(x_TD, self.dropout), self.backend.lora_mix
-        # an input per expert: only the reference takes one, and the option is documented as slow
-        x_ETD = nn.functional.dropout(x_TD.expand(self.num_experts, -1, -1), self.dropout)
-        return x_ETD, reference.lora_mix
+            return x_TD
+        if self.dropout_mask == "per_expert":
+            x_TD = x_TD.expand(self.num_experts, -1, -1)
+        return nn.functional.dropout(x_TD, self.dropout)
 
     def extra_repr(self) -> str:
-        ranks = ", ".join(str(block.lora_A.shape[1]) for block in self.blocks())
+        ranks = ", ".join(str(block.rank) for block in self.blocks())
         return f"num_experts={self.num_experts}, rank={ranks}, backend={self.backend.name}"
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ExpertBank:
@@ -137,5 +150,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _all_experts(gates_TE: Tensor) -> Tensor:
-    return torch.arange(gates_TE.shape[1], device=gates_TE.device).expand_as(gates_TE)
+def _dense(gates_TE: Tensor) -> Routing:
+    """The decision that all experts act with these gates, which may be 0."""
+    every_TE = torch.arange(gates_TE.shape[1], device=gates_TE.device).expand_as(gates_TE)
+    return Routing(None, gates_TE, gates_TE, every_TE, torch.ones_like(every_TE, dtype=torch.bool))

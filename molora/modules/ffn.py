@@ -34,9 +34,9 @@ class Projection:
         y_T1F = y.reshape(-1, 1, y.shape[-1])
         if self.experts is None:
             return y_T1F.expand(-1, routing.expert_index.shape[1], -1)
-        return y_T1F + self.experts.rows(x.reshape(-1, x.shape[-1]), routing.expert_index).to(
-            y.dtype
-        )
+        x_TD = x.reshape(-1, x.shape[-1])
+        delta_TKF = self.experts(x_TD, None, slots_TK=routing.expert_index)
+        return y_T1F + delta_TKF.to(y.dtype)
 
 
 class MoLoRAFeedForward:
@@ -86,8 +86,7 @@ class MoLoRAFeedForward:
         a_TKI = self.activate(*(projection.per_expert(x, routing) for projection in self.inputs))
         gates_TK1 = routing.gates.to(compute_dtype(a_TKI))[..., None]
         mixed_TI = (gates_TK1 * a_TKI).sum(dim=1)
-        y_TF = self.down.base(mixed_TI.to(_input_dtype(self.down.base, mixed_TI)))
-        y_TF = self._bias_with_gates(y_TF, routing)
+        y_TF = self._project_down(mixed_TI, routing)
         if self.down.experts is not None:
             y_TF = y_TF + self._down_delta(a_TKI, routing).to(y_TF.dtype)
         if self.overflow_input:
@@ -96,13 +95,18 @@ class MoLoRAFeedForward:
             ).to(y_TF.dtype)
         return self.finish(y_TF).view(*x.shape[:-1], -1)
 
-    def _bias_with_gates(self, y_TF: Tensor, routing: Routing) -> Tensor:
-        bias_F = getattr(self.down.base, "bias", None)
-        if bias_F is None:
-            return y_TF
-        # the down projection added the bias once; Σ_k g_k FFN_k holds it Σ_k g_k times
-        surplus_T1 = routing.gates.sum(dim=-1, keepdim=True) - 1
-        return y_TF + (surplus_T1 * bias_F.to(surplus_T1.dtype)).to(y_TF.dtype)
+    def _project_down(self, mixed_TI: Tensor, routing: Routing) -> Tensor:
+        """W Σ_k g_k a_k + b Σ_k g_k."""
+        base = self.down.base
+        dtype = _input_dtype(base, mixed_TI)
+        if getattr(base, "bias", None) is None:
+            return base(mixed_TI.to(dtype))
+        # G · (W (m / G) + b), since the bias itself cannot be read here: outside of a call of its
+        # module ZeRO-3 has it partitioned
+        total_T1 = routing.gates.sum(dim=-1, keepdim=True)
+        share_TI = mixed_TI / torch.where(total_T1 == 0, 1.0, total_T1)
+        y_TF = base(share_TI.to(dtype))
+        return (total_T1 * y_TF).to(y_TF.dtype)
 
     def _down_delta(self, a_TKI: Tensor, routing: Routing) -> Tensor:
         """Σ_k g_k · scaling · B_k A_k a_k: every (token, slot) is a row with one expert."""

@@ -32,6 +32,7 @@ class LinearRouter(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
+        self.num_experts, self.in_features = weight.shape
         self.temperature = temperature
         self.noise_std = noise_std
         self.jitter = jitter
@@ -52,7 +53,7 @@ class LinearRouter(nn.Module):
         return logits_TE
 
     def extra_repr(self) -> str:
-        return f"in_features={self.weight.shape[1]}, num_experts={self.weight.shape[0]}"
+        return f"in_features={self.in_features}, num_experts={self.num_experts}"
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LinearRouter:
         return apply_keeping_dtype(self, super()._apply, fn, recurse)

@@ -122,7 +122,7 @@ def test_rows_are_the_ungated_updates_of_the_chosen_experts(name, shared_A):
             for x_D, chosen in zip(x_TD, index_TK.tolist(), strict=True)
         ]
     )
-    torch.testing.assert_close(bank.rows(x_TD, index_TK), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bank(x_TD, None, slots_TK=index_TK), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_state_holds_the_factors_under_their_names_and_nothing_else():
@@ -169,7 +169,11 @@ def test_products_run_in_the_dtype_of_the_input(name, dtype):
     bank = ExpertBank(ragged(), backend=backend(name))
     x_TD, decision = torch.randn(9, IN).to(dtype), routing(5, 2)
     delta_TF = bank(x_TD, decision)
-    assert delta_TF.dtype == bank.rows(x_TD, torch.zeros(9, 1, dtype=torch.int64)).dtype == dtype
+    assert (
+        delta_TF.dtype
+        == bank(x_TD, None, slots_TK=torch.zeros(9, 1, dtype=torch.int64)).dtype
+        == dtype
+    )
     exact = by_hand(x_TD.float(), decision.dense_gates(), ragged())
     assert torch.norm(delta_TF.float() - exact) < 0.02 * torch.norm(exact)
 
@@ -180,7 +184,7 @@ def test_autocast_sets_the_dtype_of_the_products(name):
     x_TD, decision = torch.randn(9, IN), routing(4, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low_TF = bank(x_TD, decision)
-        rows_TKF = bank.rows(x_TD, decision.expert_index)
+        rows_TKF = bank(x_TD, None, slots_TK=decision.expert_index)
     assert low_TF.dtype == rows_TKF.dtype == torch.bfloat16
     low_TF.sum().backward()
     assert bank.lora_A.grad.dtype == torch.float32
@@ -228,9 +232,9 @@ def test_dropout_keeps_its_share_and_the_mean_by_one_mask_or_one_per_expert(mask
 def test_rows_drop_in_training_only():
     bank = see_through(3, dropout=0.25).train()
     x_TD, index_T1 = torch.rand(2000, IN) + 1, torch.full((2000, 1), 1)
-    dropped = (bank.rows(x_TD, index_T1)[:, 0, IN : 2 * IN] == 0).float().mean().item()
+    dropped = (bank(x_TD, None, slots_TK=index_T1)[:, 0, IN : 2 * IN] == 0).float().mean().item()
     assert dropped == pytest.approx(0.25, abs=0.012)
-    assert torch.equal(bank.eval().rows(x_TD, index_T1)[:, 0, IN : 2 * IN], x_TD)
+    assert torch.equal(bank.eval()(x_TD, None, slots_TK=index_T1)[:, 0, IN : 2 * IN], x_TD)
 
 
 @pytest.mark.parametrize("decided", [True, False], ids=["gated", "ungated"])
