@@ -87,8 +87,8 @@ def rotate(output_dir: Path, *, limit: int | None, keep: Collection[Path] = ()) 
 def delete_checkpoint(directory: Path) -> bool:
     """Delete a checkpoint, or what a killed save or deletion left of one; whether there was any.
 
-    It is invisible before its first file goes. Files that are none of its own stay, and so does a
-    directory without a manifest that holds such files: it may be another program's.
+    It is invisible before its first file goes. Files that are none of its own stay, and so does all
+    of a directory that has such files and no readable manifest: it may be another program's.
 
     Raises:
         OSError: from deleting.
@@ -96,19 +96,16 @@ def delete_checkpoint(directory: Path) -> bool:
     if directory.is_symlink() or not directory.is_dir():
         return False
     manifest, renamed = directory / checkpoint.MANIFEST, directory / checkpoint.DELETED
-    if manifest.exists():
-        listed = _listed(manifest)
+    names = {path.name for path in directory.iterdir()}
+    listed = _listed(manifest) | _listed(renamed)
+    own = {name for name in names if name in listed or _is_ours(name)}
+    if own != names and not listed:
+        return False
+    if manifest.name in names:
         os.replace(manifest, renamed)
         atomic.flush(directory)
-    elif renamed.exists():
-        listed = _listed(renamed)
-    elif all(_is_ours(path.name) for path in directory.iterdir()):
-        listed = frozenset()
-    else:
-        return False
-    for path in directory.iterdir():
-        if path.name in listed or _is_ours(path.name):
-            path.unlink()
+    for name in own - {manifest.name, renamed.name}:
+        (directory / name).unlink()
     renamed.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # files of others
         directory.rmdir()
@@ -164,7 +161,7 @@ def _looks_complete(directory: Path) -> bool:
 
 
 def _listed(manifest: Path) -> frozenset[str]:
-    """Files that a manifest names, whatever it is called; none if it is damaged."""
+    """Files that a manifest names, whatever it is called; none if it is missing or damaged."""
     try:
         return frozenset(checkpoint.parse_manifest(manifest).files)
     except CheckpointError:
@@ -174,6 +171,7 @@ def _listed(manifest: Path) -> frozenset[str]:
 def _is_ours(name: str) -> bool:
     return (
         name in {native.MANIFEST, checkpoint.STATE, checkpoint.RUN_STATE}
+        or name in {checkpoint.MANIFEST, checkpoint.DELETED}
         or native.TENSORS.fullmatch(name) is not None
         or checkpoint.TENSORS.fullmatch(name) is not None
         or atomic.PARTIAL.fullmatch(name) is not None
