@@ -66,7 +66,7 @@ class ForwardHooks:
         needs_context: bool,
     ) -> None:
         self.arguments = ArgumentReader(model)
-        self.packing = PackedRows(self.arguments)
+        self.packing = PackedRows(self.arguments, context)
         self.context = context
         self.losses = tuple(losses)
         self.layers = layers

@@ -23,7 +23,8 @@ class Collator:
     """Pads a list of examples to the longest and stacks their side columns.
 
     The attention mask comes from the lengths, never from token ids: with pad = eos, a mask by id
-    would hide every stop token.
+    would hide every stop token. The first token of a sequence has no label: padding or another
+    sequence would have to predict it.
 
     Returns, for B examples of up to S tokens: ``input_ids``, ``labels`` (-100 on padding) and
     ``attention_mask``, each int64 (B, S), and the side columns (``task_ids``, ``task_types`` …),
@@ -32,8 +33,7 @@ class Collator:
     For packed examples (see :func:`pack`), ``position_ids`` and ``segment_ids`` take the place of
     the attention mask, both int64 (B, S). Positions restart at 0 with every sequence and with the
     padding, from which transformers makes attention block-diagonal. Segments count a row's
-    sequences from 1 and are 0 on padding. A sequence's first token has no label, or the last of
-    the one before would have to predict it. Side columns hold one value for each of the batch's G
+    sequences from 1 and are 0 on padding. Side columns hold one value for each of the batch's G
     sequences, int64 (G,), in order.
 
     Raises:
@@ -55,10 +55,12 @@ class Collator:
         packed = in_all(LENGTHS, examples)
         if packed:
             batch |= self._segments(examples, width)
-            batch["labels"][batch["position_ids"] == 0] = IGNORED
+            firsts = batch["position_ids"] == 0
         else:
             ones = [torch.ones(len(e["input_ids"]), dtype=torch.int64) for e in examples]
-            batch["attention_mask"] = self._padded(ones, 0, width)
+            mask = batch["attention_mask"] = self._padded(ones, 0, width)
+            firsts = mask.cumsum(dim=1) * mask == 1
+        batch["labels"][firsts] = IGNORED
         return batch | side_columns(examples, packed=packed)
 
     def _segments(self, examples: Examples, width: int) -> dict[str, Tensor]:

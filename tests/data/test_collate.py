@@ -60,3 +60,13 @@ def test_padding_id_falls_back_on_eos(plain_tokenizer: Any, tokenizer_with: Any)
     )
     assert without.pad_token_id is None
     assert padding_id(without) == without.eos_token_id
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_first_token_of_a_row_has_no_label(side: Any):
+    """On the left there is padding that would have to predict it; and GPT-2's labels are counted
+    before they are shifted."""
+    whole = [{"input_ids": ids, "labels": ids} for ids in ([5, 6, 7], [8, 9])]
+    labels = Collator(pad_token_id=0, padding_side=side)(whole)["labels"].tolist()
+    assert labels[0] == [-100, 6, 7]
+    assert labels[1] == ([-100, 9, -100] if side == "right" else [-100, -100, 9])
