@@ -76,9 +76,8 @@ def preview(
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     if rows:
         _show_legend(console)
-    for of_row in samples(run.data, tokenizer, rows):
-        for sample in of_row:
-            _show_sample(sample, console)
+    for sample in samples(run.data, tokenizer, rows):
+        _show_sample(sample, console)
     tokenized = tokenize(run.data, tokenizer, seed=run.seed)
     found = figures(run.data, tokenized)
     _show_sources(tokenized, console)
@@ -97,7 +96,7 @@ def _show_sample(sample: Sample, console: Console) -> None:
     if cut := sample.tokens("cut"):
         counts.append(f"{cut:,} cut off")
     total = sum(run.tokens for run in sample.runs)
-    place = f"{sample.source}, {sample.where.rpartition(', ')[2]}"
+    place = ", ".join(filter(None, [sample.source, sample.where.split(", ")[-1], sample.answer]))
     console.print(f"\n{place}: {total:,} tokens, {', '.join(counts)}", soft_wrap=True)
     console.print(Text.assemble(*(_marked(run.kind, _shown(run), console) for run in sample.runs)))
 
@@ -169,16 +168,19 @@ def _show_lengths(run: RunConfig, tokenized: Tokenized, found: Figures, console:
         console.print(f"{label:>{wide}}  {bar} {count:,}", soft_wrap=True)
     median, most_of_them = (quantile(found.lengths, share) for share in (0.5, 0.99))
     counts = tokenized.train_counts
-    every, packing = counts.examples + counts.dropped, found.packing
-    lines = (
+    every = counts.examples + counts.dropped
+    lines = [
         f"median {median:,}, 99 % up to {most_of_them:,}, longest {max(found.lengths):,}",
         f"max_length {run.data.max_length:,} cuts {counts.truncated:,} of {every:,} examples "
         f"({100 * counts.truncated / every:.1f} %) and leaves out {counts.dropped:,} "
         f"({100 * counts.dropped / every:.1f} %), for nothing supervised is left",
         f"{counts.tokens:,} tokens are left, {counts.supervised:,} of them supervised "
         f"({100 * counts.supervised / counts.tokens:.1f} %)",
-        f"packing puts the {packing.sequences:,} sequences of an epoch into {packing.bins:,} rows, "
-        f"{packing.sequences_per_bin:.1f} to a row, {packing.fill:.1f} % full",
-    )
+    ]
+    if (packing := found.packing) is not None:
+        lines.append(
+            f"packing puts the {packing.sequences:,} sequences of an epoch into {packing.bins:,} "
+            f"rows, {packing.sequences_per_bin:.1f} to a row, {packing.fill:.1f} % full"
+        )
     for line in lines:
         console.print(line, soft_wrap=True)

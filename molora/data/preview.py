@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Literal
 from transformers import PreTrainedTokenizerBase
 
 from molora.config.data import DataConfig, DataSource
-from molora.data.mask import IGNORED, Encoded, RowEncoder
+from molora.data.mask import IGNORED, RowEncoder
 from molora.data.packing import LENGTHS, PackingRates, lengths_of, packing_rates
+from molora.data.preference import PairEncoder, to_compare
 from molora.data.read import read
-from molora.data.rows import Row
+from molora.data.rows import Body, Row, to_learn
 from molora.data.tokenized import Tokenized
 
 if TYPE_CHECKING:
@@ -44,45 +45,63 @@ class Sample:
     where: str
     """As errors name the row, which may be a row of equal name in several sources."""
     runs: tuple[Run, ...]
+    answer: str = ""
+    """Of a preference: ``chosen`` or ``rejected``."""
 
     def tokens(self, kind: Kind) -> int:
         """Number of tokens of a kind."""
         return sum(run.tokens for run in self.runs if run.kind == kind)
 
 
-def samples(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: int
-) -> Iterator[list[Sample]]:
-    """The examples of each of the first rows, taking from the training sources in turn.
+def samples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: int) -> Iterator[Sample]:
+    """The examples of the first rows, taking a row from each training source in turn.
 
     Raises:
         DataError: as `molora.data.tokenize`.
     """
     # whole, to show what is cut off
-    encoder = RowEncoder(tokenizer, max_length=sys.maxsize, chat_template=config.chat_template)
-    for source, row in islice(_in_turn(config.train), rows):
-        yield [
-            Sample(source.shown, row.where, tuple(_runs(example, tokenizer, config.max_length)))
-            for example in encoder(row)
-        ]
+    encode = RowEncoder(tokenizer, max_length=sys.maxsize, chat_template=config.chat_template)
+    for source, row in islice(_in_turn(config.train, to_learn), rows):
+        for example in encode(row):
+            runs = _runs(example.input_ids, example.labels, tokenizer, config.max_length)
+            yield Sample(source.shown, row.where, tuple(runs))
 
 
-def _in_turn(sources: Sequence[DataSource]) -> Iterator[tuple[DataSource, Row]]:
-    readers = [(source, read(source)) for source in sources]
+def pair_samples(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: int
+) -> Iterator[Sample]:
+    """As `samples`, of preferences: the prompt with the chosen answer, then with the rejected one.
+
+    Raises:
+        DataError: as `molora.data.preference.tokenize_pairs`.
+    """
+    encode = PairEncoder(tokenizer, max_length=sys.maxsize, chat_template=config.chat_template)
+    for source, row in islice(_in_turn(config.train, to_compare), rows):
+        for pair in encode(row):
+            for answer, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
+                labels = [IGNORED] * len(pair.prompt_ids) + ids
+                runs = _runs([*pair.prompt_ids, *ids], labels, tokenizer, config.max_length)
+                yield Sample(source.shown, row.where, tuple(runs), answer)
+
+
+def _in_turn(sources: Sequence[DataSource], body: Body) -> Iterator[tuple[DataSource, Row]]:
+    readers = [(source, read(source, body)) for source in sources]
     while turn := [(source, row) for source, reader in readers for row in islice(reader, 1)]:
         yield from turn
 
 
-def _runs(example: Encoded, tokenizer: PreTrainedTokenizerBase, limit: int) -> Iterator[Run]:
+def _runs(
+    ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase, limit: int
+) -> Iterator[Run]:
     kinds: list[Kind] = [
         "cut" if place >= limit else "prompt" if label == IGNORED else "supervised"
-        for place, label in enumerate(example.labels)
+        for place, label in enumerate(labels)
     ]
     end, text = 0, ""
     for kind, group in groupby(kinds):
         start, end = end, end + len(list(group))
         # up to here and not by itself: some tokenizers drop the space that a text begins with
-        whole = tokenizer.decode(example.input_ids[:end], clean_up_tokenization_spaces=False)
+        whole = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
         text, before = whole, text
         yield Run(kind, whole[len(before) :], end - start)
 
@@ -95,22 +114,24 @@ class Figures:
     """Task → sequences in an epoch; empty without tasks."""
     lengths: Counter[int]
     """Tokens of an example before it is cut → number of examples, all sources together."""
-    packing: PackingRates
+    packing: PackingRates | None
+    """What packing makes of an epoch; None of preferences, which are not packed."""
 
 
 def figures(config: DataConfig, tokenized: Tokenized) -> Figures:
     """Count what `molora.data.tokenize` made of a config."""
     train = tokenized.train
-    numbers = _per_sequence(train, "task_ids") if "task_ids" in train.column_names else []
+    numbers = _per_sequence(train, "task_ids") if tokenized.tasks else []
     in_epoch = Counter(numbers)
-    if LENGTHS in train.column_names:
-        lengths = _per_sequence(train, LENGTHS)
-    else:
-        lengths = lengths_of(train)
+    packing = None
+    if "input_ids" in train.column_names:
+        packed = LENGTHS in train.column_names
+        lengths = _per_sequence(train, LENGTHS) if packed else lengths_of(train)
+        packing = packing_rates(lengths, config.max_length)
     return Figures(
         tasks={name: in_epoch[number] for number, name in enumerate(tokenized.tasks)},
         lengths=sum((part.lengths for part in tokenized.train_parts), Counter[int]()),
-        packing=packing_rates(lengths, config.max_length),
+        packing=packing,
     )
 
 

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from molora.config.data import DataConfig
 from molora.data import pack, packing_rates, tokenize
-from molora.data.preview import Sample, figures, histogram, quantile, samples
+from molora.data.preference import tokenize_pairs
+from molora.data.preview import Sample, figures, histogram, pair_samples, quantile, samples
+from molora.errors import DataError
 
 counters = st.dictionaries(st.integers(1, 5000), st.integers(1, 50), min_size=1).map(Counter)
 
@@ -44,7 +46,7 @@ def test_runs_are_the_text_of_the_template_with_its_answers_marked(tmp_path, fam
     ]
     config = DataConfig.parse({"train": [write(tmp_path / "a.jsonl", [{"messages": messages}])]})
 
-    ((sample,),) = samples(config, family.tokenizer, rows=3)
+    (sample,) = samples(config, family.tokenizer, rows=3)
 
     assert (sample.source, sample.where) == (str(tmp_path / "a.jsonl"), "a.jsonl, line 1")
     text = family.tokenizer.apply_chat_template(messages, tokenize=False)
@@ -60,7 +62,7 @@ def test_runs_are_the_text_of_the_template_with_its_answers_marked(tmp_path, fam
 def test_what_max_length_cuts_is_shown_as_cut(tmp_path, plain_tokenizer):
     path = write(tmp_path / "a.jsonl", [{"prompt": "a b", "completion": "ccccc"}])
     config = DataConfig.parse({"train": [path], "max_length": 5})
-    ((sample,),) = samples(config, plain_tokenizer, rows=1)
+    (sample,) = samples(config, plain_tokenizer, rows=1)
     assert "".join(text for _, text in kinds(sample)) == "a bccccc</s>"
     assert [kind for kind, _ in kinds(sample)] == ["prompt", "supervised", "cut"]
     assert sample.tokens("prompt") + sample.tokens("supervised") == 5
@@ -71,8 +73,30 @@ def test_a_row_of_several_examples_shows_them_all(tmp_path, qwen3_tokenizer):
     roles = ("user", "assistant") * 2
     messages = [{"role": role, "content": f"say {n}"} for n, role in enumerate(roles)]
     config = DataConfig.parse({"train": [write(tmp_path / "a.jsonl", [{"messages": messages}])]})
-    (of_row,) = samples(config, qwen3_tokenizer, rows=1)
-    assert [sample.runs[-2].text.split()[-1] for sample in of_row] == ["1<|im_end|>", "3<|im_end|>"]
+    found = samples(config, qwen3_tokenizer, rows=1)
+    assert [sample.runs[-2].text.split()[-1] for sample in found] == ["1<|im_end|>", "3<|im_end|>"]
+
+
+def test_a_preference_is_shown_with_either_answer(tmp_path, smollm2_tokenizer):
+    row = {"prompt": "Hi", "chosen": "Hello", "rejected": "Go away", "task": "manners"}
+    path = write(tmp_path / "a.jsonl", [row])
+    config = DataConfig.parse({"train": [path]})
+
+    chosen, rejected = pair_samples(config, smollm2_tokenizer, rows=1)
+
+    assert [sample.answer for sample in (chosen, rejected)] == ["chosen", "rejected"]
+    assert kinds(chosen)[0] == kinds(rejected)[0]
+    assert kinds(chosen)[0][1].endswith("Hi<|im_end|>\n<|im_start|>assistant\n")
+    assert kinds(chosen)[1:] == [("supervised", "Hello<|im_end|>")]
+    assert kinds(rejected)[1:] == [("supervised", "Go away<|im_end|>")]
+    short = DataConfig.parse({"train": [path], "max_length": chosen.runs[0].tokens + 1})
+    cut, _ = pair_samples(short, smollm2_tokenizer, rows=1)
+    assert [kind for kind, _ in kinds(cut)] == ["prompt", "supervised", "cut"]
+    found = figures(config, tokenize_pairs(config, smollm2_tokenizer))
+    assert (found.tasks, found.packing) == ({"manners": 1}, None)
+    supervised = DataConfig.parse({"train": [write(tmp_path / "b.jsonl", pairs("a"))]})
+    with pytest.raises(DataError, match="a preference needs"):
+        next(pair_samples(supervised, smollm2_tokenizer, rows=1))
 
 
 def test_sources_are_shown_in_turn(tmp_path, plain_tokenizer):
@@ -81,7 +105,7 @@ def test_sources_are_shown_in_turn(tmp_path, plain_tokenizer):
         write(tmp_path / "short.jsonl", pairs("x")),
     ]
     config = DataConfig.parse({"train": files})
-    shown = [s.where for of_row in samples(config, plain_tokenizer, rows=4) for s in of_row]
+    shown = [sample.where for sample in samples(config, plain_tokenizer, rows=4)]
     assert shown == [
         "long.jsonl, line 1",
         "short.jsonl, line 1",
