@@ -19,8 +19,8 @@ from molora.train.mixin import MixtureTrainerMixin
 class SFTTrainer(MixtureTrainerMixin, trl.SFTTrainer):
     """TRL's SFTTrainer for a model that carries a mixture; see `MixtureTrainerMixin`.
 
-    Columns ``task_ids`` and ``task_types`` of the data sets reach the mixture, also through TRL's
-    own collators.
+    Columns ``task_ids``, ``task_types`` and ``cluster_ids`` of the data sets reach the mixture,
+    also through TRL's own collators.
 
     Raises:
         AttachError: besides the mixin's, experts on the LM head, which TRL's loss reads past.
