@@ -131,6 +131,10 @@ class DataConfig(Frozen):
     size; the higher, the more even."""
     max_length: int = Field(default=1024, ge=2)
     """Tokens of a row that are kept; the rest is cut off at the end."""
+    packing: bool = False
+    """Put as many training sequences into one row of the batch as fit into ``max_length`` tokens.
+    None sees another, and none is cut. ``train.batch_size`` then counts the rows after packing.
+    Evaluation is never packed, so that its loss means the same."""
     chat_template: Literal["auto", "none"] = "auto"
     """``auto``: the tokenizer's, if it has one. ``none``: prompt and completion as they stand."""
 

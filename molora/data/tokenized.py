@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from operator import add
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from molora.config.data import DataConfig, DataSource
 from molora.data.mask import RowEncoder
 from molora.data.mixing import drawn_per_epoch, epoch_indices
+from molora.data.packing import PackingRates, lengths_of, pack
 from molora.data.read import read
 from molora.data.rows import Body, Row, to_learn
 from molora.errors import DataError
@@ -104,10 +105,14 @@ class Tokenized:
     train_parts: tuple[Part, ...]
     """One per source, in order."""
     eval_parts: tuple[Part, ...]
+    packing: PackingRates | None = None
+    """Of ``train``, whose rows then are as :func:`molora.data.pack` makes them; None where a row
+    is one example."""
 
 
 def tokenize(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> Tokenized:
-    """Read, check, tokenise and mix all sources of a config; for TRL with ``skip_prepare_dataset``.
+    """Read, check, tokenise, mix and pack all sources of a config; for TRL with
+    ``skip_prepare_dataset``.
 
     A row that ``max_length`` cuts keeps what fits and is counted; if nothing supervised is left of
     it, it is left out and counted. Either every row of train and eval has a task or none has, and
@@ -125,7 +130,13 @@ def tokenize(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: in
     encoder = RowEncoder(
         tokenizer, max_length=config.max_length, chat_template=config.chat_template
     )
-    return as_datasets(config, Form(to_learn, encoder, encoder.COLUMNS), seed=seed)
+    found = as_datasets(config, Form(to_learn, encoder, encoder.COLUMNS), seed=seed)
+    if not config.packing:
+        return found
+    packed = pack(found.train, config.max_length)
+    lengths = lengths_of(found.train)
+    rates = PackingRates(len(packed), len(lengths), sum(lengths), config.max_length)
+    return replace(found, train=packed, packing=rates)
 
 
 def as_datasets(config: DataConfig, form: Form, *, seed: int) -> Tokenized:

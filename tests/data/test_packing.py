@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
@@ -11,7 +12,8 @@ from datasets import Dataset, Features, List, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molora.data import Collator, pack, packing_rates
+from molora.config.data import DataConfig
+from molora.data import Collator, pack, packing_rates, tokenize
 from molora.data import packing as packing_module
 from molora.data.packing import best_fit
 from molora.errors import DataError
@@ -163,3 +165,20 @@ def test_batches_of_packed_and_other_rows_are_refused() -> None:
         Collator(EOS)([row, {**row, "seq_lengths": [1, 1]}])
     with pytest.raises(DataError, match=r"\[1, 2\], add up to 3, but it has 2 tokens"):
         Collator(EOS)([{**row, "seq_lengths": [1, 2]}])
+
+
+def test_a_config_packs_what_is_trained_on_and_nothing_else(tmp_path: Any, smollm2_tokenizer: Any):
+    numbers = range(1, 10)
+    rows = [{"prompt": f"say {n}", "completion": "so " * n, "task": "t"} for n in numbers]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = {"train": [str(path)], "eval": [str(path)], "max_length": 128}
+    plain = tokenize(DataConfig.parse(config), smollm2_tokenizer)
+    found = tokenize(DataConfig.parse({**config, "packing": True}), smollm2_tokenizer)
+    assert plain.packing is None
+    assert found.train[:] == pack(plain.train, 128)[:]
+    assert len(found.train) < len(plain.train) == 9
+    assert found.eval[:] == plain.eval[:]
+    assert found.train_counts == plain.train_counts
+    assert found.packing == packing_rates([len(ids) for ids in plain.train["input_ids"]], 128)
+    assert found.packing.tokens == found.train_counts.tokens
