@@ -130,6 +130,17 @@ class Mixture:
             self._hooks.deferred = previous
 
     @contextmanager
+    def without_aux(self) -> Iterator[None]:
+        """Inside, training has no auxiliary losses, and needs no columns for them."""
+        hooks = self._hooks
+        previous = hooks.losses, hooks.required_columns
+        hooks.losses, hooks.required_columns = (), ()
+        try:
+            yield
+        finally:
+            hooks.losses, hooks.required_columns = previous
+
+    @contextmanager
     def _observed_by(self, observer: Any) -> Iterator[None]:
         self._hooks.observers.append(observer)
         try:

@@ -4,12 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from molora.train.dpo import DPOTrainer
     from molora.train.mixin import MixtureTrainerMixin
     from molora.train.run import TrainResult, train
     from molora.train.trainer import SFTTrainer, Trainer
 
 # trl takes six seconds to import: a dry run must not pay for it
 _HOMES = {
+    "DPOTrainer": "molora.train.dpo",
     "MixtureTrainerMixin": "molora.train.mixin",
     "SFTTrainer": "molora.train.trainer",
     "TrainResult": "molora.train.run",
@@ -17,7 +19,7 @@ _HOMES = {
     "train": "molora.train.run",
 }
 
-__all__ = ["MixtureTrainerMixin", "SFTTrainer", "TrainResult", "Trainer", "train"]
+__all__ = ["DPOTrainer", "MixtureTrainerMixin", "SFTTrainer", "TrainResult", "Trainer", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -83,7 +83,7 @@ class MixtureTrainerMixin(_Trainer):
             "router_weight_decay": router_weight_decay,
         }
         self.observation = Observation(mixture)
-        super().__init__(model, args, **keywords)
+        super().__init__(model, args=args, **keywords)
         if self.args.n_gpu > 1:
             raise ConfigError(
                 f"{self.args.n_gpu} GPUs in one process mean nn.DataParallel, whose replicas drop "
