@@ -115,6 +115,15 @@ class Sums:
         self.rows = rest[0]
         self.entropy, self.margin = rest[1:] / self.rows.clamp_min(1)
 
+    @property
+    def num_experts(self) -> int:
+        return self.counts.numel()
+
+    @property
+    def every_expert_acts(self) -> bool:
+        """Whether all experts act on all rows, or nearly; reads the values."""
+        return bool(self.counts.sum() > (self.num_experts - 0.5) * self.rows)
+
 
 @torch.no_grad()
 def row_sums(records: Sequence[Routing]) -> Tensor:
