@@ -128,26 +128,35 @@ class Builder:
                 self._adapt_linear(placement, module, bank)
         for path, members in blocks.items():
             self._adapt_feed_forward(path, members)
+        self._check_dtypes()
         return self.built
+
+    def _check_dtypes(self) -> None:
+        routers = [site.router for site in self.built.sites.values()]
+        for module in (*self.built.banks.values(), *routers):
+            for parameter in module.parameters():
+                if parameter.dtype != self.dtype:
+                    raise AttachError(
+                        f"new parameters became {parameter.dtype}, but the mixture's are to be "
+                        f"{self.dtype}: inside deepspeed.zero.Init DeepSpeed casts every one. "
+                        "Attach after that context; the engine divides them all the same."
+                    )
 
     def _bank(self, placement: Placement, module: nn.Module) -> ExpertBank:
         form = placement.group.expert
         experts, rank = placement.num_experts, placement.rank
         shape_A = (1 if form.kind == "shared_a" else experts, rank, placement.in_features)
-        alphas = torch.tensor(
-            form.alpha if isinstance(form.alpha, tuple) else [form.alpha] * experts
-        )
+        alphas = form.alpha if isinstance(form.alpha, tuple) else [form.alpha] * experts
         device = _device(module)
         block = Block(
             lora_A=self._initial(
                 f"{placement.path}.experts.lora_A", shape_A, form.init, 1 / rank, device
             ),
-            lora_B=torch.zeros(
-                experts, placement.out_features, rank, dtype=self.dtype, device=device
-            ),
-            scaling=(alphas / (rank if form.scaling == "alpha/r" else rank**0.5)).to(
-                device, torch.float32
-            ),
+            lora_B=init.empty(
+                (experts, placement.out_features, rank), dtype=self.dtype, device=device
+            ).zero_(),
+            scaling=torch.as_tensor(alphas, dtype=torch.float32, device=device)
+            / (rank if form.scaling == "alpha/r" else rank**0.5),
         )
         return ExpertBank(
             [block], backend=self.backend, dropout=form.dropout.p, dropout_mask=form.dropout.mask

@@ -127,10 +127,18 @@ def trainable(built: Built, extras: Extras) -> dict[str, list[nn.Parameter]]:
 
 def counts(built: Built, extras: Extras) -> dict[str, int]:
     """Number of trainable parameters by role; of token rows only those that change."""
-    found = {role: sum(p.numel() for p in ps) for role, ps in trainable(built, extras).items()}
+    found = {
+        role: sum(math.prod(_shape(p)) for p in ps) for role, ps in trainable(built, extras).items()
+    }
     for parameter in _trained([*extras.row_parameters.values()]):
-        found["other"] -= parameter.numel() - len(extras.row_ids) * parameter.shape[1]
+        rows, width = _shape(parameter)
+        found["other"] -= (rows - len(extras.row_ids)) * width
     return found
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Its shape as a whole; under ZeRO-3 it has none of its own between its uses."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _trained(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:

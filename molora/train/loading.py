@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,27 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from molora.config.run import ModelConfig
 from molora.errors import ConfigError
+from molora.train.deepspeed_config import is_partitioned
+from molora.train.zero_init import divided
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # False, not the default: by default transformers asks at the terminal whether to run a model's code
 _NO_FOREIGN_CODE = {"trust_remote_code": False}
 
 
-def load_model(config: ModelConfig) -> nn.Module:
+def load_model(config: ModelConfig, *, engine: Mapping[str, Any] | None = None) -> nn.Module:
     """The base model with its weights, in evaluation mode.
+
+    Args:
+        config: which model.
+        engine: DeepSpeed's configuration; if it is ZeRO-3's, each process is left with its part of
+            the weights.
 
     Raises:
         ConfigError: no such model, damaged files, or a model that is no causal language model.
     """
-    with _reported(config):
+    dtype = _dtype(config) if is_partitioned(engine) else torch.float32
+    with _reported(config), divided(engine, dtype):
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             config.name,
             revision=config.revision,
@@ -69,6 +77,17 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             config.name, revision=config.revision, **_NO_FOREIGN_CODE
         )
     return tokenizer
+
+
+def _dtype(config: ModelConfig) -> torch.dtype:
+    if config.dtype != "auto":
+        named: torch.dtype = getattr(torch, config.dtype)
+        return named
+    with _reported(config):
+        settings = AutoConfig.from_pretrained(
+            config.name, revision=config.revision, **_NO_FOREIGN_CODE
+        )
+    return settings.dtype or torch.float32
 
 
 @contextmanager
