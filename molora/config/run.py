@@ -67,6 +67,12 @@ class TrainConfig(Frozen):
     """Optimiser steps between two lines of metrics."""
     save_steps: PositiveInt | None = None
     """Optimiser steps between two saved mixtures; only at the end if not given."""
+    dead_steps: PositiveInt | None = 200
+    """Optimiser steps after which an alarm tells of an expert that got no token, or of a site that
+    sends everything to the same experts; no alarms if null."""
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where metrics go besides metrics.jsonl. TensorBoard's files are in output_dir/runs; W&B is
+    set up by its own environment variables."""
     eval_steps: PositiveInt | None = None
     """Optimiser steps between two evaluations of the loss on data.eval; only at the end if not
     given."""

@@ -45,7 +45,7 @@ def trainer_arguments(config: RunConfig) -> dict[str, Any]:
         "deepspeed": deepspeed_config(config, world_size=processes),
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "report_to": "none",
+        "report_to": list(train.report_to) or "none",
         "disable_tqdm": True,
     }
 

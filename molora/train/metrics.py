@@ -5,49 +5,91 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
-import torch
 from transformers import TrainerCallback
+
+from molora.io import atomic
+from molora.train.summary import Report
+from molora.train.throughput import Remaining
 
 # Timings and counts of the Trainer's own, for which there are better ones here.
 _LEFT_OUT = ("num_tokens", "total_flos", "runtime", "per_second")
 
 
 class MetricsWriter(TrainerCallback):
-    """Appends to a file that starts empty; each line is complete when it is written.
+    """Appends to a file; each line is complete when it is written.
 
-    Every line has ``kind`` and ``step``. Kind ``train`` has loss, aux_loss, aux/NAME, load_min,
-    load_max, dead_experts, grad_norm, learning_rate, tokens, tokens_per_second and memory_mib;
-    kind ``eval`` has eval_loss. `entropy` and `mean_token_accuracy` are TRL's, of the predictions.
-    A number that is not finite is written as null.
+    Every line has ``kind``, ``step`` and ``seconds`` (since the run began). Numbers are of all
+    ranks together.
+
+    * Kind ``train``, a mean over the steps since the line before or of the last step alone:
+
+      - ``loss``, ``learning_rate``; ``aux_loss``, the weighted auxiliary losses, a part of
+        ``loss``; ``aux/NAME``, each term before its coefficient;
+      - ``load_min``, ``load_max``, ``dead_experts``: least and greatest load of any expert of any
+        site (its share of the choices, times E), and the number of experts without any;
+      - ``routing_entropy`` and ``routing_margin``, means over the sites, and ``rank_agreement``,
+        the least of any site: see `site_numbers`;
+      - ``grad_norm``, ``expert_grad_norm``, ``router_grad_norm``, ``other_grad_norm``: of the last
+        step before clipping; the squares of the three add up to that of the first;
+      - ``tokens`` (not padding, since the start), ``tokens_per_second``, ``mfu`` (see
+        `TokenFlops`; where the GPU's peak is known), ``memory_mib`` (most of any rank),
+        ``eta_seconds``;
+      - ``entropy`` and ``mean_token_accuracy``: TRL's, of the predictions.
+
+    * Kind ``routing``: ``sites``, site → `site_numbers`, in five digits.
+    * Kind ``alarm``: ``site``, ``event`` (dead, collapsed, recovered), ``experts``, ``steps``,
+      ``message``; see `RoutingAlarms`.
+    * Kind ``eval``: ``eval_loss``.
+
+    A number that is not finite is written as null. A new run starts the file anew; a resumed one
+    goes on after the lines up to its checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._started = time.perf_counter()
+        self._remaining = Remaining()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.path.write_text("", encoding="utf-8")
+        self._remaining.start(state.global_step)
+        if not state.is_world_process_zero:
+            return
+        kept = _until(state.global_step, self.path) if state.global_step else []
+        if kept:
+            self._started = time.perf_counter() - max(line["seconds"] for line in kept)
+        text = "".join(_text(line) for line in kept)
+        atomic.put(
+            self.path.parent,
+            lambda file: file.write_text(text, encoding="utf-8"),
+            lambda _: self.path.name,
+        )
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kind = kind_of(kwargs["logs"])
         if kind is not None and state.is_world_process_zero:
             values = {"epoch": state.epoch, **measured(kwargs["logs"])}
             if kind == "train":
-                values["memory_mib"] = memory_mib()
+                left = self._remaining.seconds(state.global_step, state.max_steps)
+                values["eta_seconds"] = round(left, 1)
             self.write(kind, state.global_step, values)
+
+    def on_report(self, report: Report) -> None:
+        """Write what a report says of every site, and its alarms."""
+        if report.sites:
+            self.write("routing", report.step, {"sites": _shortened(report.sites)})
+        for alarm in report.alarms:
+            self.write("alarm", alarm.step, asdict(alarm))
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one line."""
         seconds = round(time.perf_counter() - self._started, 3)
-        line = {"kind": kind, "step": step, "seconds": seconds, **values}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+            file.write(_text({"kind": kind, "step": step, "seconds": seconds, **values}))
 
 
 def kind_of(logs: Mapping[str, Any]) -> str | None:
@@ -66,14 +108,40 @@ def measured(logs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def memory_mib() -> float:
-    """Most GPU memory allocated so far, or without a GPU the memory that the process holds now."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    return round(psutil.Process().memory_info().rss / 2**20, 1)
+def _until(step: int, path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a file up to a step, without the summary of a run that was longer."""
+    if not path.is_file():
+        return []
+    lines = _parsed(path.read_text(encoding="utf-8", errors="replace").splitlines())
+    return [line for line in lines if line["step"] <= step and line["kind"] != "summary"]
+
+
+def _parsed(texts: Iterable[str]) -> Iterable[dict[str, Any]]:
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # the last line of a process that was killed
+        if isinstance(line, dict) and {"kind", "step", "seconds"} <= line.keys():
+            yield line
+
+
+def _text(line: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(line), allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _shortened(value: Any) -> Any:
+    """Floats in five digits: a large model has thousands of them on every line."""
+    if isinstance(value, Mapping):
+        return {name: _shortened(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_shortened(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,8 @@ from transformers import TrainerCallback
 from molora.config.run import RunConfig
 from molora.data import Tokenized
 from molora.train.dry_run import DryRun, render
-from molora.train.metrics import kind_of, memory_mib
+from molora.train.metrics import kind_of
+from molora.train.throughput import Remaining, duration
 
 if TYPE_CHECKING:
     from molora.train.run import TrainResult
@@ -31,7 +31,7 @@ class ProgressDisplay(TrainerCallback):
         self.console = console or Console(stderr=True, quiet=quiet)
         self._bar: Progress | None = None
         self._task: Any = None
-        self._started = time.perf_counter()
+        self._remaining = Remaining()
 
     def show_run(
         self, data: Tokenized, mixture: DryRun, *, engine: Mapping[str, Any] | None = None
@@ -51,7 +51,7 @@ class ProgressDisplay(TrainerCallback):
             self.console.print(shown, highlight=False, markup=False, soft_wrap=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._started = time.perf_counter()
+        self._remaining.start(state.global_step)
         wanted = self.console.is_terminal and not self.console.quiet
         if not (wanted and state.is_world_process_zero):
             return
@@ -62,7 +62,7 @@ class ProgressDisplay(TrainerCallback):
             TextColumn("{task.description}"),
             console=self.console,
         )
-        self._task = self._bar.add_task("", total=state.max_steps)
+        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
         self._bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -81,9 +81,9 @@ class ProgressDisplay(TrainerCallback):
             self._bar.update(self._task, description=figures(logs))
         else:
             done, total = state.global_step, state.max_steps
-            left = (time.perf_counter() - self._started) * (total - done) / max(done, 1)
+            left = duration(self._remaining.seconds(done, total))
             self.console.print(
-                f"step {done}/{total} · {left:.0f} s left · {figures(logs)}",
+                f"step {done}/{total} · {left} left · {figures(logs)}",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -114,7 +114,10 @@ def figures(logs: Mapping[str, Any]) -> str:
             parts.append(f"{logs['dead_experts']} dead experts")
     if "tokens_per_second" in logs:
         parts.append(f"{logs['tokens_per_second']:.0f} tokens/s")
-    parts.append(f"{memory_mib():.0f} MiB")
+    if "mfu" in logs:
+        parts.append(f"{logs['mfu']:.0%} of peak")
+    if "memory_mib" in logs:
+        parts.append(f"{logs['memory_mib']:.0f} MiB")
     return " · ".join(parts)
 
 

@@ -105,8 +105,14 @@ def test_flops_are_known_where_every_token_passes_every_linear_once(family: str)
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0 s"), (98.6, "99 s"), (100, "2 min"), (3500, "58 min"), (3599, "1 h 00 min")]
-    + [(11_100, "3 h 05 min")],
+    [
+        (0, "0 s"),
+        (98.6, "99 s"),
+        (100, "2 min"),
+        (3500, "58 min"),
+        (3599, "1 h 00 min"),
+        (11_100, "3 h 05 min"),
+    ],
 )
 def test_durations_are_read_at_a_glance(seconds: float, text: str) -> None:
     assert duration(seconds) == text
