@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from molora.attach import Mixture
+from molora.attach.saving import base_fingerprint, save_mixture
 from molora.attach.side_inputs import SIDE_COLUMNS
-from molora.errors import CheckpointError, ConfigError
-from molora.train import refusals
+from molora.errors import ConfigError, TrainingError
+from molora.io import Checkpoint, newest_complete
+from molora.train import checkpoints, refusals, run_state, trackers
 from molora.train.checkpointing import MixtureCheckpointing
-from molora.train.observation import Observation
+from molora.train.gather import gathered, gathered_state
+from molora.train.guard import Guard, Interruption, RunCallback, after
+from molora.train.observation import DEAD_STEPS, Observation
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -35,9 +40,8 @@ class MixtureTrainerMixin(_Trainer):
     * The optimiser holds what the mixture declares, in the groups of `Mixture.parameter_groups`.
     * Checkpoints and `save_model` hold the mixture alone, readable by `molora.load`.
     * Gradient checkpointing is non-re-entrant, with `molora.checkpoint_context`.
-    * Logs gain ``aux_loss`` (weighted, a part of ``loss``), ``aux/NAME`` (each term before its
-      coefficient), ``load_min``, ``load_max`` and ``dead_experts`` (see `window.load_summary`),
-      ``tokens`` (not padding, since the start) and ``tokens_per_second``.
+    * Logs gain what `MetricsWriter` lists. The numbers of every site go to TensorBoard, to W&B and
+      to the listeners of `observation`.
 
     Attributes:
         mixture: the mixture.
@@ -49,6 +53,8 @@ class MixtureTrainerMixin(_Trainer):
         mixture: what `molora.attach` returned.
         router_learning_rate, lora_plus_ratio, weight_decay_B, router_weight_decay: as
             `Mixture.parameter_groups` takes them, beside the arguments' learning rate and decay.
+        dead_steps: optimiser steps after which an expert without tokens, or a site that sends all
+            to the same experts, is told in words; None for never.
         keywords: everything else that the Trainer class takes, by name.
 
     Raises:
@@ -70,6 +76,7 @@ class MixtureTrainerMixin(_Trainer):
         lora_plus_ratio: float | None = None,
         weight_decay_B: float | None = None,
         router_weight_decay: float = 0.0,
+        dead_steps: int | None = DEAD_STEPS,
         **keywords: Any,
     ) -> None:
         refusals.check_model(model, mixture)
@@ -82,7 +89,10 @@ class MixtureTrainerMixin(_Trainer):
             "weight_decay_B": weight_decay_B,
             "router_weight_decay": router_weight_decay,
         }
-        self.observation = Observation(mixture)
+        self.observation = Observation(mixture, dead_steps=dead_steps)
+        self.base = base_fingerprint(mixture, gather=gathered)
+        self._guard: Guard | None = None
+        self._resumed: Checkpoint | None = None
         super().__init__(model, args=args, **keywords)
         if self.args.n_gpu > 1:
             raise ConfigError(
@@ -96,22 +106,128 @@ class MixtureTrainerMixin(_Trainer):
                 "ZeRO-3, or plain data parallelism."
             )
         self.add_callback(MixtureCheckpointing())
+        self.add_callback(
+            RunCallback(resume=self._restore_progress, is_stopping=lambda: self._stopping)
+        )
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, from the start.
+        """As the Trainer's; a run that goes on does so exactly.
+
+        Ctrl-C and SIGTERM, as schedulers send it before they take a machine away, end the run after
+        the step at hand, with a checkpoint.
+
+        Args:
+            resume_from_checkpoint: a directory; True for the newest complete checkpoint in
+                `output_dir`, "auto" for that or, if there is none, the beginning.
 
         Raises:
-            CheckpointError: asked to resume.
+            CheckpointError: a checkpoint that is damaged, or of another run.
+            TrainingError: a loss or gradient that is not finite; the step is not made.
+            KeyboardInterrupt: after Ctrl-C; SystemExit after SIGTERM.
         """
-        if resume_from_checkpoint:
-            raise CheckpointError(
-                f"resuming from {resume_from_checkpoint!r} is refused: exact resumption does not "
-                "exist yet, and a checkpoint holds the mixture alone, without optimiser, schedule "
-                "and data order, so training would silently go on differently. Start a new run; "
-                "molora.load takes the mixture of a checkpoint."
-            )
         self.observation.reset()
-        return super().train(None, *args, **kwargs)
+        self._resumed = None
+        if resume_from_checkpoint:
+            output_dir = Path(self.args.output_dir)
+            self._resumed = checkpoints.find(resume_from_checkpoint, output_dir, self.tell)
+        path = None
+        if self._resumed is not None:
+            saved = checkpoints.read_run_state(self._resumed)["settings"]
+            where = str(self._resumed.directory)
+            run_state.check_settings(saved, run_state.settings(self), where=where)
+            path = where
+        with Interruption(self.tell) as self._interruption:
+            try:
+                result = super().train(path, *args, **kwargs)
+            finally:
+                if self._guard is not None:
+                    self._guard.close()
+        if number := self._stopping:
+            self.tell(f"stopped after step {self.state.global_step}; its checkpoint is complete")
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(128 + number)
+        return result
+
+    def tell(self, sentence: str) -> None:
+        """Say something about the run on stderr, once for all ranks."""
+        if self.args.process_index == 0:
+            sys.stderr.write(f"{sentence}\n")
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        found = super()._init_training_state(max_steps, *args, **kwargs)
+        # a resumed state still has the intervals of the run before
+        self.state.compute_steps(self.args, max_steps)
+        return found
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
+    ) -> Any:
+        # without the checkpoint: what the Trainer would load of it are pickles
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._guard = Guard(self.model, checkpoints.trained(self), self.args.device)
+        if self.is_deepspeed_enabled:
+            # an engine steps at the end of its backward pass, and clips by itself
+            engine = self.deepspeed
+            engine.step = after(self._check_step, engine.step)
+        if self._resumed is not None:
+            checkpoints.restore(self, self._resumed)
+        return prepared
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: `_prepare_for_training` loads it, with or without an engine."""
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        if self._resumed is not None:
+            run_state.write_rng(self, self._resumed.tensors())
+
+    def _restore_progress(self) -> None:
+        if self._resumed is not None:
+            checkpoints.restore_progress(self, self._resumed)
+
+    @property
+    def _stopping(self) -> int:
+        """The signal on which the run ends, or 0."""
+        return 0 if self._guard is None else self._guard.stop
+
+    def _load_best_model(self) -> None:
+        if self._stopping:
+            return
+        directory = Path(self.state.best_model_checkpoint)
+        self.tell(f"taking the weights of {directory.name}, the best by {self.state.best_metric}")
+        checkpoints.load_mixture(self.mixture, directory)
+
+    # ------------------------------------------------------------------ faults and signals
+
+    def _check_step(self) -> None:
+        assert self._guard is not None
+        if self._is_logged(self.state.global_step + 1):
+            self.observation.measure_gradients(
+                step=self.state.global_step + 1, device=self.args.device
+            )
+        try:
+            self._guard.check(step=self.state.global_step + 1, asked=self._interruption.signal)
+        except TrainingError as error:
+            raise TrainingError(f"{error} {self._after_fault()}") from None
+
+    def _is_logged(self, step: int) -> bool:
+        if self.args.logging_strategy != "steps" or (step == 1 and self.args.logging_first_step):
+            return True
+        return step % self.state.logging_steps == 0
+
+    def _after_fault(self) -> str:
+        found, _ = newest_complete(Path(self.args.output_dir))
+        kept = f"{found.directory} is the last complete checkpoint" if found else "none was saved"
+        return (
+            f"No weight was changed by this step; {kept}. Lower the learning rate, look at the "
+            "rows of this step, or compute in a wider dtype, and resume from it."
+        )
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        # the last call before the optimiser steps, engines excepted
+        if not self.is_deepspeed_enabled:
+            self._check_step()
+        return super()._get_grad_norm(model, grad_norm)
 
     # ------------------------------------------------------------------ loss
 
@@ -140,9 +256,11 @@ class MixtureTrainerMixin(_Trainer):
             inputs,
             deferred,
             num_items_in_batch=num_items_in_batch,
-            scale=processes / steps,
+            scale=processes / (steps * self.accelerator.num_processes),
             device=loss.device,
         )
+        if self._guard is not None:
+            self._guard.add_loss(loss, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -184,16 +302,18 @@ class MixtureTrainerMixin(_Trainer):
     # ------------------------------------------------------------------ files
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the mixture alone; without a directory, to `output_dir`/adapter."""
-        if self.args.should_save:
-            self.mixture.save(output_dir or Path(self.args.output_dir) / ADAPTER)
+        """Write the mixture alone; without a directory, to `output_dir`/adapter.
+
+        All ranks call it.
+        """
+        directory = Path(output_dir or Path(self.args.output_dir) / ADAPTER)
+        weights = gathered_state(self.mixture)
+        checkpoints.on_first_rank(
+            self, lambda: save_mixture(self.mixture, directory, state=weights, base=self.base)
+        )
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
-        # the Trainer's own writes the base model, and the rest in files that run code when read
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self.save_model(str(folder), _internal_call=True)
-        if self.args.should_save:
-            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
+        checkpoints.save(self)
 
     # ------------------------------------------------------------------ columns and logs
 
@@ -205,14 +325,26 @@ class MixtureTrainerMixin(_Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add what the routers did since the last line to the logs of training."""
         if "loss" in logs:
-            logs.update(self._observed())
+            logs.update(self._observed(logs))
         elif "train_loss" in logs:
             # the summary of a run whose last steps came after the last line
-            self._observed()
+            self._observed(logs)
+            if self._resumed is not None:
+                # all steps over the time since the resumption: not a speed
+                logs.pop("train_samples_per_second", None)
+                logs.pop("train_steps_per_second", None)
         super().log(logs, *args, **kwargs)
+        if "loss" in logs and self.is_world_process_zero():
+            trackers.send(self._report, self.callback_handler.callbacks)
+            self.observation.publish(self._report)
 
-    def _observed(self) -> dict[str, float]:
-        found = self.observation.read(step=self.state.global_step, accelerator=self.accelerator)
+    def _observed(self, logs: dict[str, float]) -> dict[str, float]:
+        self._report = self.observation.read(
+            step=self.state.global_step,
+            accelerator=self.accelerator,
+            grad_norm=logs.get("grad_norm"),
+        )
+        found = dict(self._report.totals)
         # on a base that is itself a mixture of experts TRL logs the base's as "aux_loss"
         if getattr(self, "aux_loss_enabled", False) and "aux_loss" in found:
             found["molora_aux_loss"] = found.pop("aux_loss")

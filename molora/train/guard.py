@@ -1,0 +1,199 @@
+"""What ends a run early: numbers that are not finite, before they are learnt, and signals."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from molora.attach.side_inputs import SIDE_COLUMNS
+from molora.errors import TrainingError
+
+
+class Guard:
+    """Looks at loss and gradients of every optimiser step, before the optimiser does.
+
+    Nothing is waited for but one small exchange per optimiser step, in which the ranks also agree
+    on whether to stop after it.
+
+    Args:
+        model: read once more to find the place when a loss is not finite.
+        parameters: the trained ones by name.
+        device: where the ranks exchange tensors.
+    """
+
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], device: torch.device
+    ) -> None:
+        self.model = model
+        self.names = list(parameters)
+        self.stop = 0
+        """The signal on which all ranks stop after this step; 0 for none."""
+        self._device = device
+        # a sum is not finite if one of its terms is not: one number per parameter is enough
+        self._sums = torch.zeros(len(self.names), device=device)
+        self._batches: list[tuple[Tensor, dict[str, Any]]] = []
+        self._hooks = [
+            parameter.register_hook(partial(self._add_gradient, index))
+            for index, parameter in enumerate(parameters.values())
+        ]
+
+    def add_loss(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
+        """Remember the loss of a micro-batch until the next `check`."""
+        self._batches.append((loss.detach(), dict(inputs)))
+
+    def check(self, *, step: int, asked: int) -> None:
+        """Before an optimiser step; all ranks take part.
+
+        Args:
+            step: its number, for the message.
+            asked: the signal that this rank got, or 0.
+
+        Raises:
+            TrainingError: on all ranks, if a number of any is not finite; nothing was updated.
+        """
+        losses = torch.stack([loss for loss, _ in self._batches] or [self._sums.sum() * 0])
+        finite = torch.isfinite(losses.to(self._device)).all() & torch.isfinite(self._sums).all()
+        flags = torch.stack([(~finite).int(), torch.tensor(asked, device=self._device).int()])
+        if dist.is_initialized():
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        faulty, self.stop = flags.tolist()
+        if faulty:
+            found = gather_object([self._findings()])
+            told = [
+                f"rank {rank}: {finding}" if len(found) > 1 else finding
+                for rank, finding in enumerate(found)
+                if finding
+            ]
+            raise TrainingError(f"step {step}: {'; '.join(told)}.")
+        self._sums.zero_()
+        self._batches.clear()
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+        self._batches.clear()
+
+    @torch.no_grad()
+    def _add_gradient(self, index: int, gradient: Tensor) -> None:
+        self._sums[index] += gradient.sum(dtype=torch.float32)
+
+    def _findings(self) -> str:
+        """What is not finite here, in words; all ranks run the same forwards."""
+        losses = [loss for loss, _ in self._batches]
+        bad = [float(loss) for loss in losses if not torch.isfinite(loss)]
+        parts = [f"the loss is {bad[0]}"] if bad else []
+        places = [first_fault(self.model, inputs) for _, inputs in self._batches]
+        parts += [f"first at {place}" for place in [p for p in places if p][:1]]
+        finite = torch.isfinite(self._sums).tolist()
+        names = [name for name, ok in zip(self.names, finite, strict=True) if not ok]
+        if names and not bad:
+            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
+            parts.append(f"the gradient of {shown} is not finite")
+        return ", ".join(parts)
+
+
+@torch.no_grad()
+def first_fault(model: nn.Module, inputs: Mapping[str, Any]) -> str:
+    """The first tensor of a forward that is not finite: a parameter, or a module's output."""
+    found: list[str] = []
+
+    def look(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if found:
+            return
+        for path, parameter in module.named_parameters(name, recurse=True):
+            if parameter.numel() and not torch.isfinite(parameter).all():
+                found.append(f"the weights {path}")
+                return
+        if isinstance(output, Tensor) and not torch.isfinite(output).all():
+            found.append(f"the output of {name}")
+
+    leaves = [
+        (name, module) for name, module in model.named_modules() if _is_place(module) and name
+    ]
+    hooks = [module.register_forward_hook(partial(look, name)) for name, module in leaves]
+    try:
+        keep = {k: v for k, v in inputs.items() if k != "labels" and k not in SIDE_COLUMNS}
+        model(**keep)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else ""
+
+
+def _is_place(module: nn.Module) -> bool:
+    """A module that computes something itself: it has weights of its own."""
+    return any(True for _ in module.parameters(recurse=False))
+
+
+class Interruption:
+    """Inside, Ctrl-C and SIGTERM are noted; a second one acts as it would have."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, tell: Callable[[str], object]) -> None:
+        self.signal = 0
+        self._tell = tell
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        # Python delivers signals to the main thread, and lets no other set a handler
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            self.__exit__()
+            signal.raise_signal(number)
+            return
+        self.signal = number
+        self._tell(
+            f"{signal.Signals(number).name}: stopping after this step with a checkpoint; once more "
+            "stops at once, without."
+        )
+
+
+class RunCallback(TrainerCallback):
+    """What the Trainer's loop has to do at two moments.
+
+    Args:
+        resume: called when the loop has set its sums to zero.
+        is_stopping: whether to save and stop, asked after every optimiser step.
+    """
+
+    def __init__(self, *, resume: Callable[[], None], is_stopping: Callable[[], int]) -> None:
+        self._resume = resume
+        self._is_stopping = is_stopping
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._resume()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._is_stopping():
+            control.should_save = control.should_training_stop = True
+
+
+def after(first: Callable[[], None], then: Callable[..., Any]) -> Callable[..., Any]:
+    """Both, one after the other."""
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        first()
+        return then(*args, **kwargs)
+
+    return both
