@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
-from pathlib import Path
 
 import typer
 
@@ -97,11 +96,10 @@ def _release(text: str) -> tuple[int, ...]:
 
 
 def compile_locks() -> Iterator[Finding]:
-    """Locks in torch's cache of compiled extensions: there is one only while something compiles.
+    """Locks that a killed DeepSpeed compilation left behind."""
+    from molora.train import compile_lock
 
-    A killed run leaves its lock, and torch then waits for it for ever, without a word.
-    """
-    locks = sorted(lock for pattern, root in _extension_caches() for lock in root.glob(pattern))
+    locks = compile_lock.compile_locks()
     for lock in locks:
         yield Finding(
             "compile lock",
@@ -111,14 +109,6 @@ def compile_locks() -> Iterator[Finding]:
         )
     if not locks:
         yield Finding("compile locks", "none")
-
-
-def _extension_caches() -> Iterator[tuple[str, Path]]:
-    """Where torch.utils.cpp_extension compiles, with the pattern of a lock in it."""
-    if chosen := os.environ.get("TORCH_EXTENSIONS_DIR"):
-        yield "*/lock", Path(chosen)
-    cache = os.environ.get("XDG_CACHE_HOME")
-    yield "*/*/lock", (Path(cache) if cache else Path.home() / ".cache") / "torch_extensions"
 
 
 def devices() -> Iterator[Finding]:
