@@ -2,7 +2,7 @@
 
 from molora.data.collate import Collator, padding_id
 from molora.data.mask import IGNORED, Encoded, RowEncoder
-from molora.data.packing import PackingRates, pack, packing_rates
+from molora.data.packing import PackingRates, pack, packing_rates, per_sequence
 from molora.data.read import read
 from molora.data.rows import Row
 from molora.data.tokenized import Counts, Tokenized, tokenize
@@ -19,6 +19,7 @@ __all__ = [
     "pack",
     "packing_rates",
     "padding_id",
+    "per_sequence",
     "read",
     "tokenize",
 ]

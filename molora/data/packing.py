@@ -125,6 +125,14 @@ def lengths_of(dataset: Dataset) -> list[int]:
     return lengths
 
 
+def per_sequence(dataset: Dataset, name: str) -> list[int]:
+    """A column of one number per sequence, also where rows hold several sequences."""
+    values = dataset[name]
+    if LENGTHS in dataset.column_names:
+        return [value for row in values for value in row]
+    return list(values)
+
+
 def _chunks(bins: list[list[int]]) -> Iterator[list[list[int]]]:
     for first in range(0, len(bins), _CHUNK):
         yield bins[first : first + _CHUNK]

@@ -14,6 +14,7 @@ from torch import Tensor
 from molora.attach import Mixture
 from molora.attach.saving import base_fingerprint, save_mixture
 from molora.attach.side_inputs import SIDE_COLUMNS
+from molora.data.packing import LENGTHS
 from molora.errors import ConfigError, TrainingError
 from molora.io import Checkpoint, newest_complete
 from molora.train import checkpoints, refusals, run_state, trackers
@@ -320,7 +321,8 @@ class MixtureTrainerMixin(_Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns = self._signature_columns or []
-        self._signature_columns = columns + [c for c in SIDE_COLUMNS if c not in columns]
+        kept = (*SIDE_COLUMNS, LENGTHS)
+        self._signature_columns = columns + [c for c in kept if c not in columns]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add what the routers did since the last line to the logs of training."""

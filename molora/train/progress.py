@@ -46,6 +46,13 @@ class ProgressDisplay(TrainerCallback):
             highlight=False,
             soft_wrap=True,
         )
+        if (rates := data.packing) is not None:
+            self.console.print(
+                f"packed into {rates.bins:,} rows, {rates.sequences_per_bin:.1f} sequences to a "
+                f"row, {rates.fill:.1f} % full",
+                highlight=False,
+                soft_wrap=True,
+            )
         if engine is not None:
             shown = f"DeepSpeed: {json.dumps(engine)}"
             self.console.print(shown, highlight=False, markup=False, soft_wrap=True)

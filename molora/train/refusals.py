@@ -8,14 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from molora.attach import Mixture
+from molora.attach import Mixture, packing
+from molora.data.packing import LENGTHS
 from molora.errors import AttachError, ConfigError
 from molora.train import checkpointing
 
+_PACKING = (
+    "it joins the rows of a batch, or lets sequences see each other where attention is not "
+    "FlashAttention's. Set data.packing in the YAML, or pack with molora.data.pack and collate "
+    "with molora.data.Collator."
+)
 _UNSUPPORTED = {
-    "packing": "packing is not supported yet: losses and capacity need one sequence per row.",
-    "padding_free": "padding-free batches are not supported yet: losses and capacity need one "
-    "sequence per row.",
+    "packing": _PACKING,
+    "eval_packing": _PACKING,
+    "padding_free": _PACKING,
     "load_best_model_at_end": "it is not supported yet. Load a checkpoint with molora.load.",
     "push_to_hub": "it is not supported. Upload what mixture.save wrote.",
     "use_liger_kernel": "it replaces the forwards of modules that the mixture has taken over, "
@@ -51,6 +57,28 @@ def check_keywords(keywords: dict[str, Any], mixture: Mixture) -> None:
             "compute_loss_func: the model then gets no labels, and the share of a micro-batch's "
             "auxiliary losses is unknown. Override compute_loss, or turn the losses off with "
             "losses=()."
+        )
+    _check_packing(keywords, mixture)
+
+
+def _check_packing(keywords: dict[str, Any], mixture: Mixture) -> None:
+    packed = [
+        name
+        for name in ("train_dataset", "eval_dataset")
+        if LENGTHS in (getattr(keywords.get(name), "column_names", None) or ())
+    ]
+    if not packed:
+        return
+    if keywords.get("data_collator") is None:
+        raise ConfigError(
+            f"{packed[0]} is packed, which the trainer's own collator does not know: sequences in "
+            "one row would see each other. Pass data_collator=molora.data.Collator(...)."
+        )
+    reason = packing.refusal(mixture.model)
+    if reason:
+        raise ConfigError(
+            f"{packed[0]} is packed, but sequences in one row cannot be kept apart: {reason}. "
+            "Leave packing out."
         )
 
 
