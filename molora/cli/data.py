@@ -178,8 +178,9 @@ def _show_lengths(run: RunConfig, tokenized: Tokenized, found: Figures, console:
         f"({100 * counts.supervised / counts.tokens:.1f} %)",
     ]
     if (packing := found.packing) is not None:
+        puts = "packing puts" if run.data.packing else "data.packing: true would put"
         lines.append(
-            f"packing puts the {packing.sequences:,} sequences of an epoch into {packing.bins:,} "
+            f"{puts} the {packing.sequences:,} sequences of an epoch into {packing.bins:,} "
             f"rows, {packing.sequences_per_bin:.1f} to a row, {packing.fill:.1f} % full"
         )
     for line in lines:

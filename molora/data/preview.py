@@ -8,21 +8,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice, pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from molora.config.data import DataConfig, DataSource
 from molora.data.mask import IGNORED, RowEncoder
-from molora.data.packing import LENGTHS, PackingRates, lengths_of, packing_rates
+from molora.data.packing import PackingRates, lengths_of, packing_rates, per_sequence
 from molora.data.preference import PairEncoder, to_compare
 from molora.data.read import read
 from molora.data.rows import Body, Row, to_learn
 from molora.data.tokenized import Tokenized
-
-if TYPE_CHECKING:
-    # of the extra `train`: who only generates needs no data sets
-    from datasets import Dataset
 
 Kind = Literal["prompt", "supervised", "cut"]
 
@@ -115,32 +111,23 @@ class Figures:
     lengths: Counter[int]
     """Tokens of an example before it is cut → number of examples, all sources together."""
     packing: PackingRates | None
-    """What packing makes of an epoch; None of preferences, which are not packed."""
+    """What packing makes of an epoch, or would make of it; None of preferences, which are not
+    packed."""
 
 
 def figures(config: DataConfig, tokenized: Tokenized) -> Figures:
     """Count what `molora.data.tokenize` made of a config."""
     train = tokenized.train
-    numbers = _per_sequence(train, "task_ids") if tokenized.tasks else []
+    numbers = per_sequence(train, "task_ids") if tokenized.tasks else []
     in_epoch = Counter(numbers)
-    packing = None
-    if "input_ids" in train.column_names:
-        packed = LENGTHS in train.column_names
-        lengths = _per_sequence(train, LENGTHS) if packed else lengths_of(train)
-        packing = packing_rates(lengths, config.max_length)
+    packing = tokenized.packing
+    if packing is None and "input_ids" in train.column_names:
+        packing = packing_rates(lengths_of(train), config.max_length)
     return Figures(
         tasks={name: in_epoch[number] for number, name in enumerate(tokenized.tasks)},
         lengths=sum((part.lengths for part in tokenized.train_parts), Counter[int]()),
         packing=packing,
     )
-
-
-def _per_sequence(dataset: Dataset, name: str) -> list[int]:
-    """A column of one number per sequence, also where rows hold several sequences."""
-    values = dataset[name]
-    if LENGTHS in dataset.column_names:
-        return [value for row in values for value in row]
-    return list(values)
 
 
 def quantile(lengths: Counter[int], share: float) -> int:

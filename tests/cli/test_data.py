@@ -115,7 +115,10 @@ def test_lengths_show_what_is_cut_left_out_and_packed(
     assert f"{counts.tokens} tokens are left, {counts.supervised} of them" in outcome.out
     lengths = [len(ids) for ids in result.train["input_ids"]]
     rates = packing_rates(lengths, limit)
-    assert f"{rates.sequences} sequences of an epoch into {rates.bins} rows" in outcome.out
+    into = f" the {rates.sequences} sequences of an epoch into {rates.bins} rows"
+    assert f"data.packing: true would put{into}" in outcome.out
+    packed = molora("data", "preview", config(data), "data.packing=true", "--width", 160).out
+    assert f"\npacking puts{into}" in packed
     assert f"{rates.fill:.1f} % full" in outcome.out
     (longest,) = re.findall(r"longest (\d+)", outcome.out)
     assert int(longest) == max(max(part.lengths) for part in result.train_parts) > limit
