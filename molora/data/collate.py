@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from molora.config.data import SIDE_COLUMNS
 from molora.data.mask import IGNORED
-from molora.data.packing import LENGTHS
 from molora.errors import DataError
 
 Examples = Sequence[Mapping[str, Any]]
@@ -37,8 +36,7 @@ class Collator:
     sequences, int64 (G,), in order.
 
     Raises:
-        DataError: when only some examples are packed or have a side column, or when a packed
-            example's lengths do not add up.
+        DataError: when only some examples are packed or have a side column.
     """
 
     pad_token_id: int
@@ -46,18 +44,24 @@ class Collator:
     pad_to_multiple_of: int = 1
 
     def __call__(self, examples: Examples) -> dict[str, Tensor]:
-        longest = max(len(example["input_ids"]) for example in examples)
+        packed = _packed(examples)
+        rows = {
+            name: [torch.cat([torch.as_tensor(s) for s in e[name]]) for e in examples]
+            if packed
+            else [torch.as_tensor(e[name]) for e in examples]
+            for name in ("input_ids", "labels")
+        }
+        longest = max(len(row) for row in rows["input_ids"])
         width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         batch = {
-            "input_ids": self._padded([e["input_ids"] for e in examples], self.pad_token_id, width),
-            "labels": self._padded([e["labels"] for e in examples], IGNORED, width),
+            "input_ids": self._padded(rows["input_ids"], self.pad_token_id, width),
+            "labels": self._padded(rows["labels"], IGNORED, width),
         }
-        packed = in_all(LENGTHS, examples)
         if packed:
             batch |= self._segments(examples, width)
             firsts = batch["position_ids"] == 0
         else:
-            ones = [torch.ones(len(e["input_ids"]), dtype=torch.int64) for e in examples]
+            ones = [torch.ones_like(row) for row in rows["input_ids"]]
             mask = batch["attention_mask"] = self._padded(ones, 0, width)
             firsts = mask.cumsum(dim=1) * mask == 1
         batch["labels"][firsts] = IGNORED
@@ -66,13 +70,8 @@ class Collator:
     def _segments(self, examples: Examples, width: int) -> dict[str, Tensor]:
         segments, positions = [], []
         for example in examples:
-            lengths = torch.as_tensor(example[LENGTHS])
-            total = len(example["input_ids"])
-            if int(lengths.sum()) != total:
-                raise DataError(
-                    f"the `{LENGTHS}` of an example, {lengths.tolist()}, add up to "
-                    f"{int(lengths.sum())}, but it has {total} tokens. Pack with molora.data.pack."
-                )
+            lengths = torch.tensor([len(sequence) for sequence in example["input_ids"]])
+            total = int(lengths.sum())
             segments.append(torch.arange(1, len(lengths) + 1).repeat_interleave(lengths))
             begins = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
             parts = [torch.arange(total) - begins, torch.arange(width - total)]
@@ -82,11 +81,11 @@ class Collator:
             "segment_ids": self._padded(segments, 0, width),
         }
 
-    def _padded(self, rows: Sequence[Sequence[int] | Tensor], fill: int, width: int) -> Tensor:
+    def _padded(self, rows: Sequence[Tensor], fill: int, width: int) -> Tensor:
         padded = torch.full((len(rows), width), fill)
         for number, row in enumerate(rows):
             place = slice(0, len(row)) if self.padding_side == "right" else slice(-len(row), None)
-            padded[number, place] = torch.as_tensor(row)
+            padded[number, place] = row
         return padded
 
 
@@ -118,6 +117,15 @@ def in_all(name: str, examples: Examples) -> bool:
             "Give it to every row, or to none."
         )
     return all(present)
+
+
+def _packed(examples: Examples) -> bool:
+    nested = [torch.as_tensor(example["input_ids"][0]).dim() > 0 for example in examples]
+    if any(nested) and not all(nested):
+        raise DataError(
+            f"{sum(nested)} of {len(nested)} examples of a batch are packed. Pack all or none."
+        )
+    return all(nested)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from molora.errors import DataError
@@ -15,10 +16,6 @@ if TYPE_CHECKING:
     # of the extra `train`: who only generates needs no data sets
     from datasets import Dataset
 
-LENGTHS = "seq_lengths"
-"""Column of a packed data set: the lengths of a row's sequences, in order (TRL's name for it)."""
-
-_TOKENS = ("input_ids", "labels")
 # Rows whose tokens are gathered at one time: Arrow's lists count their values in 32 bits.
 _CHUNK = 10_000
 
@@ -95,9 +92,9 @@ def best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
 def pack(dataset: Dataset, max_length: int) -> Dataset:
     """The same sequences, as many to a row as fit into ``max_length`` tokens; none is cut.
 
-    ``input_ids`` and ``labels`` of a row are those of its sequences one after the other, every
-    other column is a list with one value per sequence, and ``seq_lengths`` tells the sequences
-    apart. :class:`Collator` makes batches of it in which no sequence sees another.
+    Every column of a row is a list with one item per sequence: ``input_ids`` and ``labels`` are
+    lists of lists. So nobody takes a row for one sequence by losing a column that tells them apart,
+    as a trainer does that removes columns. :class:`Collator` makes batches of it.
 
     Raises:
         DataError: a row that is longer than ``max_length`` or empty, or a data set that is packed
@@ -105,14 +102,23 @@ def pack(dataset: Dataset, max_length: int) -> Dataset:
     """
     from datasets import concatenate_datasets
 
-    if LENGTHS in dataset.column_names:
+    if is_packed(dataset):
         raise DataError(
-            f"the data set has a column `{LENGTHS}`: it is packed already. Pack a data set once, "
-            "with one sequence per row."
+            "the data set is packed already: its `input_ids` are lists of sequences. Pack a data "
+            "set once, with one sequence per row."
         )
-    lengths = lengths_of(dataset)
-    chunks = [_packed(dataset, bins, lengths) for bins in _chunks(best_fit(lengths, max_length))]
+    bins = best_fit(lengths_of(dataset), max_length)
+    chunks = [
+        _packed(dataset, bins[first : first + _CHUNK]) for first in range(0, len(bins), _CHUNK)
+    ]
     return concatenate_datasets(chunks) if chunks else dataset
+
+
+def is_packed(dataset: Any) -> bool:
+    """Whether the rows of a data set hold several sequences; False for what has no features."""
+    features = getattr(dataset, "features", None) or {}
+    row = getattr(features.get("input_ids"), "feature", None)
+    return hasattr(row, "feature")
 
 
 def lengths_of(dataset: Dataset) -> list[int]:
@@ -128,41 +134,18 @@ def lengths_of(dataset: Dataset) -> list[int]:
 def per_sequence(dataset: Dataset, name: str) -> list[int]:
     """A column of one number per sequence, also where rows hold several sequences."""
     values = dataset[name]
-    if LENGTHS in dataset.column_names:
-        return [value for row in values for value in row]
-    return list(values)
+    return [value for row in values for value in row] if is_packed(dataset) else list(values)
 
 
-def _chunks(bins: list[list[int]]) -> Iterator[list[list[int]]]:
-    for first in range(0, len(bins), _CHUNK):
-        yield bins[first : first + _CHUNK]
-
-
-def _packed(dataset: Dataset, bins: list[list[int]], lengths: Sequence[int]) -> Dataset:
+def _packed(dataset: Dataset, bins: Sequence[Sequence[int]]) -> Dataset:
     import pyarrow as pa
     from datasets import Dataset
 
     order = [number for members in bins for number in members]
     table: pa.Table = dataset.select(order).with_format("arrow")[:]
-    by_token = _ends(sum(lengths[number] for number in members) for members in bins)
-    by_sequence = _ends(len(members) for members in bins)
-    columns: dict[str, Any] = {}
-    for name in table.column_names:
-        values = table[name].combine_chunks()
-        columns[name] = (
-            pa.ListArray.from_arrays(by_token, values.flatten())
-            if name in _TOKENS
-            else pa.ListArray.from_arrays(by_sequence, values)
-        )
-    own = pa.array([lengths[number] for number in order], pa.int32())
-    columns[LENGTHS] = pa.ListArray.from_arrays(by_sequence, own)
+    ends = pa.array([0, *accumulate(len(members) for members in bins)], pa.int32())
+    columns = {
+        name: pa.ListArray.from_arrays(ends, table[name].combine_chunks())
+        for name in table.column_names
+    }
     return Dataset(pa.table(columns))
-
-
-def _ends(counts: Iterator[int]) -> pa.Array:
-    import pyarrow as pa
-
-    ends = [0]
-    for count in counts:
-        ends.append(ends[-1] + count)
-    return pa.array(ends, pa.int32())

@@ -14,7 +14,6 @@ from torch import Tensor
 from molora.attach import Mixture
 from molora.attach.saving import base_fingerprint, save_mixture
 from molora.attach.side_inputs import SIDE_COLUMNS
-from molora.data.packing import LENGTHS
 from molora.errors import ConfigError, TrainingError
 from molora.io import Checkpoint, newest_complete
 from molora.train import checkpoints, refusals, run_state, trackers
@@ -155,6 +154,13 @@ class MixtureTrainerMixin(_Trainer):
         if self.args.process_index == 0:
             sys.stderr.write(f"{sentence}\n")
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's; the order of rows follows from the run's seed alone."""
+        # otherwise it is that of whatever seeded torch last, and another one when the run goes on
+        if self.args.data_seed is None:
+            self.args.data_seed = self.args.seed
+        super().create_accelerator_and_postprocess()
+
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         found = super()._init_training_state(max_steps, *args, **kwargs)
         # a resumed state still has the intervals of the run before
@@ -174,6 +180,11 @@ class MixtureTrainerMixin(_Trainer):
         if self._resumed is not None:
             checkpoints.restore(self, self._resumed)
         return prepared
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # the Trainer's would make one more step when a finished run is resumed
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: `_prepare_for_training` loads it, with or without an engine."""
@@ -321,8 +332,7 @@ class MixtureTrainerMixin(_Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns = self._signature_columns or []
-        kept = (*SIDE_COLUMNS, LENGTHS)
-        self._signature_columns = columns + [c for c in kept if c not in columns]
+        self._signature_columns = columns + [c for c in SIDE_COLUMNS if c not in columns]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add what the routers did since the last line to the logs of training."""

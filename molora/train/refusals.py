@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from molora.attach import Mixture, packing
-from molora.data.packing import LENGTHS
+from molora.data.packing import is_packed
 from molora.errors import AttachError, ConfigError
 from molora.train import checkpointing
 
@@ -22,7 +22,6 @@ _UNSUPPORTED = {
     "packing": _PACKING,
     "eval_packing": _PACKING,
     "padding_free": _PACKING,
-    "load_best_model_at_end": "it is not supported yet. Load a checkpoint with molora.load.",
     "push_to_hub": "it is not supported. Upload what mixture.save wrote.",
     "use_liger_kernel": "it replaces the forwards of modules that the mixture has taken over, "
     "whose experts then do nothing.",
@@ -62,11 +61,7 @@ def check_keywords(keywords: dict[str, Any], mixture: Mixture) -> None:
 
 
 def _check_packing(keywords: dict[str, Any], mixture: Mixture) -> None:
-    packed = [
-        name
-        for name in ("train_dataset", "eval_dataset")
-        if LENGTHS in (getattr(keywords.get(name), "column_names", None) or ())
-    ]
+    packed = [name for name in ("train_dataset", "eval_dataset") if is_packed(keywords.get(name))]
     if not packed:
         return
     if keywords.get("data_collator") is None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molora.config.data import DataConfig
-from molora.data import Collator, pack, packing_rates, tokenize
+from molora.data import Collator, pack, packing_rates, per_sequence, tokenize
 from molora.data import packing as packing_module
 from molora.data.packing import best_fit
 from molora.errors import DataError
@@ -108,27 +108,26 @@ def test_packed_rows_are_the_rows_one_after_the_other(
     bins = best_fit(lengths, 8)
     assert len(packed) == len(bins) == 3
     for row, members in zip(packed, bins, strict=True):
-        assert row["seq_lengths"] == [lengths[n] for n in members]
-        for name in ("input_ids", "labels"):
-            assert row[name] == [token for n in members for token in rows[n][name]]
-        for name in ("task_ids", "task_types"):
+        for name in ("input_ids", "labels", "task_ids", "task_types"):
             assert row[name] == [rows[n][name] for n in members]
     assert pack(rows, 8)[:] == packed[:]
     assert {len(members) for members in bins} > {1}
     # a data set that is a view of another, in another order
-    assert pack(rows.select([4, 2, 0]), 8)["input_ids"][:] == [[410, 210, 211, 10, 11, 12]]
+    assert pack(rows.select([4, 2, 0]), 8)["input_ids"][:] == [[[410], [210, 211], [10, 11, 12]]]
 
 
 def test_a_packed_data_set_is_not_packed_again() -> None:
-    with pytest.raises(DataError, match=r"column `seq_lengths`: it is packed already"):
+    with pytest.raises(DataError, match=r"packed already: its `input_ids` are lists of"):
         pack(pack(dataset([1, 2]), 8), 8)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_batch_of_packed_rows_restarts_positions_and_numbers_segments(side: Any) -> None:
     packed = pack(dataset([3, 2, 4, 1], task_types=[4, 5, 6, 7]), 6)
-    assert packed["seq_lengths"][:] == [[3, 1], [2, 4]]
+    assert per_sequence(packed, "task_types") == [4, 7, 5, 6]
     batch = Collator(EOS, padding_side=side)(list(packed))
+    in_torch = Collator(EOS, padding_side=side)(list(packed.with_format("torch")))
+    assert all(torch.equal(in_torch[name], batch[name]) for name in batch)
     sequences = [[10, 11, 12, 310], [110, 111, 210, 211, 212, 213]]
     padding: dict[str, list[int]] = {
         "input_ids": [EOS, EOS],
@@ -153,18 +152,16 @@ def test_a_batch_of_packed_rows_restarts_positions_and_numbers_segments(side: An
 
 
 def test_a_label_on_the_first_token_of_a_sequence_is_taken_off() -> None:
-    example = {"input_ids": [3, 4, 5, 6], "labels": [3, 4, 5, 6], "seq_lengths": [2, 2]}
-    assert Collator(EOS)([example])["labels"].tolist() == [[-100, 4, -100, 6]]
-    whole = {**example, "seq_lengths": [4]}
-    assert Collator(EOS)([whole])["labels"].tolist() == [[-100, 4, 5, 6]]
+    two = {"input_ids": [[3, 4], [5, 6]], "labels": [[3, 4], [5, 6]]}
+    assert Collator(EOS)([two])["labels"].tolist() == [[-100, 4, -100, 6]]
+    one = {"input_ids": [[3, 4, 5, 6]], "labels": [[3, 4, 5, 6]]}
+    assert Collator(EOS)([one])["labels"].tolist() == [[-100, 4, 5, 6]]
 
 
 def test_batches_of_packed_and_other_rows_are_refused() -> None:
     row = {"input_ids": [3, 4], "labels": [3, 4]}
-    with pytest.raises(DataError, match=r"`seq_lengths` is in 1 of 2 examples"):
-        Collator(EOS)([row, {**row, "seq_lengths": [1, 1]}])
-    with pytest.raises(DataError, match=r"\[1, 2\], add up to 3, but it has 2 tokens"):
-        Collator(EOS)([{**row, "seq_lengths": [1, 2]}])
+    with pytest.raises(DataError, match=r"1 of 2 examples of a batch are packed"):
+        Collator(EOS)([row, {"input_ids": [[3], [4]], "labels": [[3], [4]]}])
 
 
 def test_a_config_packs_what_is_trained_on_and_nothing_else(tmp_path: Any, smollm2_tokenizer: Any):
