@@ -213,6 +213,22 @@ def test_max_length_cuts_the_end_and_says_so(plain_tokenizer):
     assert nothing.supervised == 0
 
 
+def test_token_behind_the_last_turn_only_is_not_what_ends_a_turn(tokenizer_with):
+    turn = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    prompt = "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"
+    tokenizer = tokenizer_with(turn + prompt, "<|endoftext|>")
+    (example,) = RowEncoder(tokenizer)(row(messages=turns("a", "b", "c", "d")))
+    assert supervised(example, tokenizer) == ["b<|end|>", "d<|end|>"]
+    assert example.input_ids[-1] == tokenizer.eos_token_id
+    # the control: behind every turn it is
+    always = turn.replace("<|end|>", "<|end|>{{ eos_token }}")
+    begins = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    tokenizer = tokenizer_with(always + begins, "<|endoftext|>")
+    (example,) = RowEncoder(tokenizer)(row(messages=turns("a", "b", "c", "d")))
+    both = "<|end|><|endoftext|>"
+    assert supervised(example, tokenizer) == [f"b{both}", f"d{both}"]
+
+
 def test_template_without_a_stop_token_is_refused(tokenizer_with):
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     with pytest.raises(DataError, match=r"ends the assistant's turn with '\\n'.*never|not learn"):
