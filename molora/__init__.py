@@ -10,6 +10,7 @@ from molora.errors import (
     ConfigError,
     DataError,
     MoLoRAError,
+    TrainingError,
 )
 from molora.presets import load_config, methods
 from molora.routing import Routing
@@ -24,6 +25,7 @@ __all__ = [
     "Mixture",
     "MixtureConfig",
     "MoLoRAError",
+    "TrainingError",
     "Routing",
     "__version__",
     "attach",

@@ -3,8 +3,9 @@
     OUT/checkpoint-N/   the mixture · trainer-….safetensors · run_state.json · trainer_state.json ·
                         checkpoint.json, last
 
-`molora.load` reads the mixture of one; no file needs pickle or DeepSpeed. The Trainer's own would
-hold the base, and with DeepSpeed a file per rank that fits the same number of ranks only.
+`molora.load` reads the mixture of one; no file runs code when it is read, or needs DeepSpeed. The
+Trainer's own would hold the base, and with DeepSpeed a file per rank that fits the same number of
+ranks only.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def save(trainer: Any) -> Path:
     """
     output_dir, step = Path(trainer.args.output_dir), trainer.state.global_step
     directory = rotation.checkpoint_directory(output_dir, step)
+    trainer.store_flos()
     best = trainer.state.best_global_step
     best_directory = rotation.checkpoint_directory(output_dir, best) if best else None
     weights = gathered_state(trainer.mixture)

@@ -170,7 +170,7 @@ class MixtureTrainerMixin(_Trainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
     ) -> Any:
-        # without the checkpoint: what the Trainer would load of it are pickles
+        # without the checkpoint: the Trainer's files of it would run code when they are read
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self._guard = Guard(self.model, checkpoints.trained(self), self.args.device)
         if self.is_deepspeed_enabled:

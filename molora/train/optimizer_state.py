@@ -1,6 +1,6 @@
 """An optimiser's state in whole tensors by parameter name, whichever engine partitions it.
 
-DeepSpeed's own checkpoints are one pickle per rank, bound to the number of ranks and to the stage.
+DeepSpeed's own checkpoints run code when they are read, and fit one number of ranks and one stage.
 What is read here belongs to a parameter, and can be given to any other number of ranks or stage.
 
 ZeRO keeps the float32 weights and moments of a group of parameters as one flat tensor, of which a

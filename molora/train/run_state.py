@@ -72,6 +72,7 @@ def read_common(trainer: Any) -> dict[str, Any]:
         "settings": settings(trainer),
         "scheduler": trainer.lr_scheduler.state_dict(),
         "learning_rates": [group["lr"] for group in trainer.optimizer.param_groups],
+        "groups": _groups(trainer),
         "scaler": scaler.state_dict() if scaler is not None else None,
         "loss_total": trainer._total_loss_scalar,
         "logged_step": trainer._globalstep_last_logged,
@@ -82,7 +83,13 @@ def read_common(trainer: Any) -> dict[str, Any]:
 
 
 def write_common(trainer: Any, state: Mapping[str, Any]) -> None:
-    """Set what `read_common` read, once optimiser and schedule exist."""
+    """Set what `read_common` read, once optimiser and schedule exist.
+
+    Raises:
+        CheckpointError: other learning rates or weight decays.
+    """
+    for number, (saved, now) in enumerate(zip(state["groups"], _groups(trainer), strict=True)):
+        check_settings(saved, now, where=f"group {number} of the optimiser")
     trainer.lr_scheduler.load_state_dict(state["scheduler"])
     groups = trainer.optimizer.param_groups
     for group, rate in zip(groups, state["learning_rates"], strict=True):
@@ -133,23 +140,28 @@ def write_rng(trainer: Any, tensors: Mapping[str, Tensor]) -> None:
 def write_sums(trainer: Any, tensors: Mapping[str, Tensor], *, world_size: int) -> None:
     """Go on with the sums of the open window of metrics.
 
-    On another number of processes rank 0 takes over all of them: a line of metrics is a mean over
-    the processes.
+    On another number of processes than `world_size` the first takes over all of them.
     """
-    rank, now = trainer.args.process_index, trainer.args.world_size
+    rank, now, device = trainer.args.process_index, trainer.args.world_size, trainer.args.device
+    ranks = [_under(tensors, f"rank/{r}/") for r in range(world_size)]
     if now == world_size:
-        sums = [_under(tensors, f"rank/{rank}/")]
+        losses = [ranks[rank]["loss"]]
     else:
-        sums = [_under(tensors, f"rank/{r}/") for r in range(world_size)] if rank == 0 else []
-    scale = now / world_size
-    loss = sum((found["loss"].to(trainer.args.device) for found in sums), trainer._tr_loss * 0)
-    trainer._tr_loss = loss * scale
-    trainer.observation.load_state_dict(
-        [_under(tensors, f"rank/{r}/window/") for r in range(world_size)],
-        rank=rank,
-        world_size=now,
-        device=trainer.args.device,
-    )
+        losses = [found["loss"] for found in ranks] if rank == 0 else []
+    # the loss of a line is a mean over the processes
+    total = torch.stack(losses).sum() * (now / world_size) if losses else torch.zeros(())
+    trainer._tr_loss = total.to(device, trainer._tr_loss.dtype)
+    windows = [_under(found, "window/") for found in ranks]
+    trainer.observation.load_state_dict(windows, rank=rank, world_size=now, device=device)
+
+
+def _groups(trainer: Any) -> list[dict[str, Any]]:
+    return [
+        {"learning rate": rate, "weight decay": group["weight_decay"]}
+        for rate, group in zip(
+            trainer.lr_scheduler.base_lrs, trainer.optimizer.param_groups, strict=True
+        )
+    ]
 
 
 def _devices(trainer: Any) -> list[torch.device]:
