@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from molora.config.base import Frozen, unknown_name
 from molora.config.data import DataConfig
 from molora.config.mixture import MixtureConfig
+from molora.config.objective import DPO, SFT, Objective
 from molora.config.roles import Role
 
 
@@ -37,9 +38,11 @@ class TrainConfig(Frozen):
     """Rows per process and forward."""
     gradient_accumulation: PositiveInt = 1
     """Forwards per optimiser step."""
+    objective: Objective = SFT()
+    """What is minimised: `sft`, or `dpo` on preference data."""
     start_from: Path | None = None
     """Directory of a saved mixture with the same experts and routers, whose values the run starts
-    with: a stage after another."""
+    with: a stage after another, or preference training after supervised."""
     freeze: tuple[Role, ...] = ()
     """Roles that are not trained: experts (A and B), A, B, router, other (declared modules and
     token rows)."""
@@ -66,7 +69,13 @@ class TrainConfig(Frozen):
     logging_steps: PositiveInt = 10
     """Optimiser steps between two lines of metrics."""
     save_steps: PositiveInt | None = None
-    """Optimiser steps between two saved mixtures; only at the end if not given."""
+    """Optimiser steps between two checkpoints, from which a run can go on; none but on a signal if
+    not given."""
+    save_total_limit: PositiveInt | None = None
+    """Checkpoints that are kept, the newest and the best among them; all if not given."""
+    keep_best: str | None = None
+    """Metric of the evaluations, such as eval_loss, whose best checkpoint becomes the adapter;
+    lower is better if the name ends in loss. The last step becomes it if not given."""
     dead_steps: PositiveInt | None = 200
     """Optimiser steps after which an alarm tells of an expert that got no token, or of a site that
     sends everything to the same experts; no alarms if null."""
@@ -83,6 +92,22 @@ class TrainConfig(Frozen):
     ends in .json; plain data parallelism if not given."""
     timeout_seconds: PositiveInt = 1800
     """Longest wait of a process for the others, after which the run stops."""
+
+    @model_validator(mode="after")
+    def _best_needs_evaluated_checkpoints(self) -> Self:
+        if self.keep_best is None:
+            return self
+        if not self.keep_best.startswith("eval_"):
+            raise ValueError(
+                f"keep_best={self.keep_best!r} is no metric of an evaluation: their names begin "
+                "with eval_, such as eval_loss."
+            )
+        if not self.eval_steps or not self.save_steps or self.save_steps % self.eval_steps:
+            raise ValueError(
+                f"keep_best needs an evaluation at every checkpoint: eval_steps={self.eval_steps} "
+                f"must divide save_steps={self.save_steps}. Set both."
+            )
+        return self
 
     @model_validator(mode="after")
     def _deepspeed_is_a_stage_or_a_file(self) -> Self:
@@ -109,6 +134,29 @@ class RunConfig(Frozen):
     """Where the mixture, metrics and the resolved configuration are written."""
     seed: int = Field(default=0, ge=0)
     """Seeds experts, routers, data order and dropout."""
+
+    @model_validator(mode="after")
+    def _preferences_fit(self) -> Self:
+        objective = self.train.objective
+        if not isinstance(objective, DPO):
+            return self
+        if self.data.packing:
+            raise ValueError(
+                "data.packing and train.objective: dpo exclude each other: a pair's two answers "
+                "are two sequences of one batch, and are compared row by row. Turn packing off."
+            )
+        if objective.aux_losses and not self.mixture.losses:
+            raise ValueError(
+                "train.objective.aux_losses is set, but the mixture has no losses. Give it some, "
+                "or leave aux_losses out."
+            )
+        trained = self.mixture.train_modules or self.mixture.train_tokens
+        if trained and "other" not in self.train.freeze:
+            raise ValueError(
+                "train.objective: dpo compares with the base, in which mixture.train_modules and "
+                "train_tokens train. Leave them out, or freeze them: train.freeze: [other]."
+            )
+        return self
 
     @model_validator(mode="after")
     def _eval_steps_need_data(self) -> Self:

@@ -13,7 +13,8 @@ from molora.train.deepspeed_config import deepspeed_config
 
 
 def trainer_arguments(config: RunConfig) -> dict[str, Any]:
-    """Keyword arguments for `trl.SFTConfig`; everything that TRL would choose by itself is said."""
+    """Keyword arguments for `trl.SFTConfig` and `trl.DPOConfig`; what TRL would choose by itself is
+    said."""
     train = config.train
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     return {
@@ -33,6 +34,9 @@ def trainer_arguments(config: RunConfig) -> dict[str, Any]:
         "logging_nan_inf_filter": False,
         **_schedule(train),
         **_every("save", train.save_steps),
+        "save_total_limit": train.save_total_limit,
+        "metric_for_best_model": train.keep_best,
+        "load_best_model_at_end": train.keep_best is not None,
         **_every("eval", train.eval_steps if config.data.eval else None),
         # the base has model.dtype and the trainables have mixture.dtype: nothing is autocast
         "bf16": False,
@@ -43,7 +47,6 @@ def trainer_arguments(config: RunConfig) -> dict[str, Any]:
         "ddp_find_unused_parameters": False,
         "ddp_timeout": train.timeout_seconds,
         "deepspeed": deepspeed_config(config, world_size=processes),
-        "dataset_kwargs": {"skip_prepare_dataset": True},
         "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": list(train.report_to) or "none",
         "disable_tqdm": True,

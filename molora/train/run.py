@@ -19,25 +19,24 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback
 
 from molora import __version__
 from molora.attach import Mixture
-from molora.attach.losses import required_columns
-from molora.config import MixtureConfig
 from molora.config.run import RunConfig
 from molora.config.yaml import parse_yaml
-from molora.data import Collator, Tokenized, padding_id, tokenize
-from molora.errors import DataError
+from molora.data import Tokenized
 from molora.io.native import check_writable
-from molora.train import checkpointing
-from molora.train.arguments import trainer_arguments
+from molora.train import checkpointing, trackers
 from molora.train.deepspeed_config import OUTPUT as ENGINE
+from molora.train.deepspeed_config import deepspeed_config
 from molora.train.dry_run import describe
 from molora.train.loading import load_model, load_tokenizer
 from molora.train.metrics import MetricsWriter, measured
 from molora.train.mixin import ADAPTER
+from molora.train.objectives import make_trainer, tokenized
 from molora.train.progress import ProgressDisplay
 from molora.train.start import attached
 from molora.train.startup import joined
 
 if TYPE_CHECKING:
+    from molora.train.dpo import DPOTrainer
     from molora.train.trainer import SFTTrainer
 
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
@@ -85,26 +84,26 @@ def train(
     """
     adapter = config.output_dir / ADAPTER
     check_writable(adapter)
+    trackers.check_installed(config.train.report_to)
     with joined(config) as peers, _threads(config.train.threads):
         tokenizer = load_tokenizer(config.model)
-        data = tokenize(config.data, tokenizer, seed=config.seed)
-        check_columns(config.mixture, data)
+        data = tokenized(config, tokenizer)
         peers.agree(_counts(data), seconds=config.train.timeout_seconds, what="data")
-        # before the model, whose weights ZeRO-3 then puts straight into their parts
-        arguments = _arguments(config)
-        model = load_model(config.model)
+        engine = deepspeed_config(config, world_size=peers.size)
+        model = load_model(config.model, engine=engine)
         base_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         mixture = attached(config, model)
         table = describe(mixture, model=config.model.name, base_parameters=base_parameters)
         if peers.rank == 0:
-            _write_config(config, arguments.deepspeed)
+            _write_config(config, engine)
         writer = MetricsWriter(config.output_dir / METRICS)
         with _left_as_found(model), ProgressDisplay(quiet=not progress) as display:
-            trainer = _trainer(config, arguments, mixture, tokenizer, data)
+            trainer = _trainer(config, mixture, tokenizer, data)
             trainer.add_callback(writer)
+            trainer.observation.listeners.append(writer.on_report)
             trainer.add_callback(display)
             if trainer.is_world_process_zero():
-                display.show_run(data, table, engine=arguments.deepspeed)
+                display.show_run(data, table, engine=engine)
             metrics, seconds = _run(trainer, resume)
             trainer.save_model(str(adapter))
     if trainer.is_world_process_zero():
@@ -118,23 +117,6 @@ def train(
     return TrainResult(
         config.output_dir, metrics, seconds, trainer.tokens, mixture, model, tokenizer
     )
-
-
-def check_columns(mixture: MixtureConfig, data: Tokenized) -> None:
-    """Raise DataError unless the training rows have the columns that the mixture's losses read."""
-    for name in required_columns(mixture):
-        if name not in data.train.column_names:
-            raise DataError(
-                f"data.train has no column `{name}`, which the auxiliary loss of "
-                f"{mixture.method!r} needs: 0 or 1 for every row. Add it to the rows, set "
-                f"`{name}` on each source of data.train, or turn the loss off with losses: []."
-            )
-        values = sorted(set(data.train[name]))
-        if not set(values) <= {0, 1}:
-            raise DataError(
-                f"column `{name}` of data.train has the values {values[:6]}, but the auxiliary "
-                f"loss of {mixture.method!r} knows two types: use 0 and 1."
-            )
 
 
 def as_yaml(config: RunConfig) -> str:
@@ -157,12 +139,6 @@ _Dumper.add_representer(
 )
 
 
-def _arguments(config: RunConfig) -> Any:
-    from trl import SFTConfig
-
-    return SFTConfig(**trainer_arguments(config))
-
-
 def _write_config(config: RunConfig, engine: dict[str, Any] | None) -> None:
     config.output_dir.mkdir(parents=True, exist_ok=True)
     (config.output_dir / CONFIG).write_text(as_yaml(config), encoding="utf-8")
@@ -171,40 +147,37 @@ def _write_config(config: RunConfig, engine: dict[str, Any] | None) -> None:
 
 
 def _trainer(
-    config: RunConfig,
-    arguments: Any,
-    mixture: Mixture,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Tokenized,
-) -> SFTTrainer:
-    from molora.train.trainer import SFTTrainer
-
-    trainer = SFTTrainer(
+    config: RunConfig, mixture: Mixture, tokenizer: PreTrainedTokenizerBase, data: Tokenized
+) -> SFTTrainer | DPOTrainer:
+    trainer = make_trainer(
+        config,
         mixture.model,
-        arguments,
+        tokenizer,
         mixture=mixture,
         router_learning_rate=config.train.router_learning_rate,
         lora_plus_ratio=config.train.lora_plus_ratio,
         weight_decay_B=config.train.weight_decay_B,
         router_weight_decay=config.train.router_weight_decay,
+        dead_steps=config.train.dead_steps,
         train_dataset=data.train,
         eval_dataset=data.eval,
-        processing_class=tokenizer,
-        data_collator=Collator(padding_id(tokenizer)),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _run(trainer: SFTTrainer, resume: str | Path | None) -> tuple[dict[str, float], float]:
+def _run(
+    trainer: SFTTrainer | DPOTrainer, resume: str | Path | None
+) -> tuple[dict[str, float], float]:
     started = time.perf_counter()
     metrics = {"train_loss": trainer.train(resume).metrics["train_loss"]}
     seconds = time.perf_counter() - started
     if trainer.eval_dataset is not None:
+        best = trainer.args.load_best_model_at_end and trainer.state.best_global_step
         evaluated = [
             line
             for line in trainer.state.log_history
-            if "eval_loss" in line and line["step"] == trainer.state.global_step
+            if "eval_loss" in line and line["step"] == (best or trainer.state.global_step)
         ]
         found = evaluated[-1] if evaluated else trainer.evaluate()
         metrics |= {k: v for k, v in measured(found).items() if k.startswith("eval_")}
@@ -224,7 +197,10 @@ def _about(data: Tokenized, mixture: Mixture) -> dict[str, Any]:
 
 
 def _counts(data: Tokenized) -> dict[str, Any]:
+    rates = data.packing
+    packing = {} if rates is None else {"packing": {**asdict(rates), "fill": rates.fill}}
     return {
+        **packing,
         "train": asdict(data.train_counts),
         "eval": asdict(data.eval_counts) if data.eval_counts else None,
     }

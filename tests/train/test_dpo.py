@@ -1,4 +1,4 @@
-"""Preference training: its loss, its reference, and what is left of it."""
+"""Preference training: its loss and gradient, its reference, and auxiliary losses."""
 
 from __future__ import annotations
 
@@ -12,93 +12,16 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from safetensors import safe_open
-from tiny_models import randomize, sequences, tiny
+from preference_trainers import CAPACITY, FFN, LINEAR, logged, mixture_on, pairs, trainer_on
+from tiny_models import tiny
 from tiny_runs import tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, one_hot
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 import molora
-from molora.config import (
-    Capacity,
-    Dropout,
-    FFNSite,
-    Group,
-    LinearSite,
-    LoadBalance,
-    LoRA,
-    Loss,
-    TopK,
-)
-from molora.train.dpo import DPOTrainer
-
-BALANCE = (Loss(term=LoadBalance(), coefficient=0.5),)
-LINEAR = {"select": TopK(k=2)}
-FFN = {"site": FFNSite(), "targets": "ffn", "select": TopK(k=2)}
-CAPACITY = {
-    "site": LinearSite(scope="block"),
-    "select": Capacity(k=2, tokens=3, renormalize=True),
-}
-
-
-def mixture_on(
-    model: nn.Module | None = None, *, losses: Sequence[Loss] = BALANCE, **group: Any
-) -> molora.Mixture:
-    group = {"num_experts": 4, "rank": 3, **LINEAR, **group}
-    config = molora.MixtureConfig(groups=(Group(**group),), losses=tuple(losses))
-    mixture = molora.attach(model or tiny("llama"), config)
-    randomize(mixture)
-    return mixture
-
-
-def pairs(**columns: Any) -> Dataset:
-    """Eight ragged prompts, each with two answers of other lengths."""
-    columns |= {
-        "prompt_ids": sequences((5, 3, 6, 2, 4, 3, 5, 2), seed=1),
-        "chosen_ids": sequences((4, 7, 2, 5, 3, 6, 1, 4), seed=2),
-        "rejected_ids": sequences((6, 3, 5, 1, 7, 2, 4, 3), seed=3),
-    }
-    return Dataset.from_dict(
-        {n: [v.tolist() if isinstance(v, Tensor) else v for v in vs] for n, vs in columns.items()}
-    )
-
-
-def trainer_on(
-    mixture: molora.Mixture, folder: Path, *, data: Dataset | None = None, **options: Any
-) -> DPOTrainer:
-    names = ("aux_losses", "optimizers", "eval_dataset", "ref_model", "data_collator")
-    keywords = {name: options.pop(name) for name in names if name in options}
-    defaults = {
-        "output_dir": str(folder / "out"),
-        "max_steps": 1,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "bf16": False,
-        "activation_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "max_length": None,
-    }
-    return DPOTrainer(
-        mixture.model,
-        trl.DPOConfig(**{**defaults, **options}),
-        mixture=mixture,
-        train_dataset=pairs() if data is None else data,
-        processing_class=tokenizer(),
-        **keywords,
-    )
-
-
-def logged(trainer: DPOTrainer) -> list[dict[str, Any]]:
-    return [line for line in trainer.state.log_history if "loss" in line]
-
+from molora.config import Dropout, LoRA
 
 # ---------------------------------------------------------------------- an independent DPO
 
@@ -263,8 +186,6 @@ def parameters_alive() -> int:
 
 
 def test_no_second_model_is_in_memory(base: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     mixture = mixture_on(model)
     before = models_alive(), parameters_alive()
@@ -364,134 +285,3 @@ def test_task_types_are_needed_for_losses_alone_and_reach_both_answers(tmp_path:
     assert torch.equal(seen[0][:4], seen[0][4:])
     assert len(set(seen[0].tolist())) == 2
     assert logged(trainer)[0]["aux/localized_balance"] > 0
-
-
-# ---------------------------------------------------------------------- training
-
-
-def test_twenty_steps_raise_the_margin_and_leave_the_base(tmp_path: Path) -> None:
-    mixture = mixture_on()
-    for name, tensor in mixture.state_dict().items():
-        if name.endswith("lora_B"):
-            tensor.zero_()
-    ours = {id(p) for _, p in mixture.named_parameters()}
-    before = {n: p.detach().clone() for n, p in mixture.model.named_parameters()}
-    trainer = trainer_on(mixture, tmp_path, max_steps=20, eval_dataset=pairs())
-    first = trainer.evaluate()
-    trainer.train()
-    last = trainer.evaluate()
-    assert first["eval_rewards/margins"] == 0
-    assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert last["eval_rewards/margins"] > 0.5
-    assert last["eval_rewards/accuracies"] == 1
-    assert last["eval_loss"] < 0.5
-    margins = [line["rewards/margins"] for line in logged(trainer)]
-    assert margins[-1] > margins[0] + 0.5
-    for name, parameter in mixture.model.named_parameters():
-        assert torch.equal(parameter, before[name]) == (id(parameter) not in ours), name
-
-
-@pytest.mark.parametrize("group", [FFN, CAPACITY], ids=["ffn", "capacity"])
-def test_gradient_checkpointing_changes_nothing(group: dict[str, Any], tmp_path: Path) -> None:
-    states = []
-    for checkpointing in (False, True):
-        mixture = mixture_on(**group)
-        start = {name: tensor.clone() for name, tensor in mixture.state_dict().items()}
-        options = {"activation_checkpointing": checkpointing, "max_steps": 3, "aux_losses": True}
-        trainer_on(mixture, tmp_path, **options).train()
-        states.append({name: t.clone() for name, t in mixture.state_dict().items()})
-    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
-    assert all((states[0][name] - start[name]).abs().max() > 1e-3 for name in start)
-
-
-def test_references_computed_beforehand_train_the_same(tmp_path: Path) -> None:
-    states = []
-    for beforehand in (False, True):
-        mixture = mixture_on()
-        trainer = trainer_on(
-            mixture,
-            tmp_path,
-            max_steps=4,
-            precompute_ref_log_probs=beforehand,
-            eval_dataset=pairs(),
-        )
-        assert ("ref_chosen_logps" in trainer.train_dataset.column_names) is beforehand
-        trainer.train()
-        states.append((mixture.state_dict(), trainer.evaluate()["eval_loss"]))
-    torch.testing.assert_close(states[1][0], states[0][0], rtol=1e-3, atol=1e-4)
-    assert states[1][1] == pytest.approx(states[0][1], rel=1e-3)
-
-
-def test_what_is_saved_is_the_mixture(tmp_path: Path) -> None:
-    mixture = mixture_on()
-    trainer = trainer_on(mixture, tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
-    trainer.train()
-    folder = tmp_path / "out" / "checkpoint-2"
-    loaded = molora.load(tiny("llama"), folder)
-    torch.testing.assert_close(loaded.state_dict(), mixture.state_dict(), rtol=0, atol=0)
-    base = {n for n, _ in tiny("llama").named_parameters()}
-    files = list(folder.glob("*.safetensors"))
-    assert files
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            assert not base & set(file.keys())
-    assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors"}
-
-
-def test_trls_own_preparation_gives_the_same_loss(tmp_path: Path) -> None:
-    """Rows as text, tokenised by TRL, whose template-less form is ours with an eos."""
-    rows = [
-        {"prompt": "w1 w2 w3", "chosen": " w4 w5", "rejected": " w6", "task_ids": 0},
-        {"prompt": "w7", "chosen": " w8", "rejected": " w9 w10 w11", "task_ids": 1},
-    ]
-    mixture = mixture_on()
-    trainer = trainer_on(mixture, tmp_path, data=Dataset.from_list(rows))
-    batch = trainer.data_collator(list(trainer.train_dataset))
-    assert batch["task_ids"].tolist() == [0, 1, 0, 1]
-    ids = tokenizer()("w4 w5")["input_ids"]
-    assert trainer.train_dataset[0]["chosen_ids"] == [*ids, tokenizer().eos_token_id]
-    trainer.train()
-    assert logged(trainer)[0]["tokens"] == int(batch["attention_mask"].sum())
-
-
-# ---------------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"ref_model": nn.Linear(2, 2)}, "needs no model of its own"),
-        ({"sync_ref_model": True}, "sync_ref_model=True: the reference is the frozen base"),
-        ({"ld_alpha": 0.5}, "ld_alpha=0.5: the reference's log-probabilities"),
-        ({"padding_free": True}, "padding_free=True"),
-        ({"use_liger_kernel": True}, "experts then do nothing"),
-    ],
-)
-def test_settings_that_cannot_be_combined_are_refused(
-    options: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(molora.ConfigError, match=message):
-        trainer_on(mixture_on(), tmp_path, **options)
-
-
-def test_losses_that_do_not_exist_cannot_be_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(molora.ConfigError, match="the mixture has no auxiliary losses"):
-        trainer_on(mixture_on(losses=()), tmp_path, aux_losses=True)
-
-
-@pytest.mark.parametrize("extra", [{"train_modules": ["lm_head"]}, {"train_tokens": {"ids": [4]}}])
-def test_a_base_that_is_trained_itself_is_no_reference(
-    extra: dict[str, Any], tmp_path: Path
-) -> None:
-    mixture = molora.attach(tiny("llama"), molora.presets.mola(num_experts=4, rank=3, **extra))
-    with pytest.raises(molora.ConfigError, match="the reference would change with them"):
-        trainer_on(mixture, tmp_path)
-    mixture.freeze("other")
-    trainer_on(mixture, tmp_path).train()
-
-
-def test_experts_on_the_head_and_other_models_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(molora.AttachError, match="lm_head has experts"):
-        trainer_on(mixture_on(targets=("q_proj", "lm_head")), tmp_path)
-    with pytest.raises(molora.AttachError, match="not the one that carries the mixture"):
-        DPOTrainer(tiny("llama"), mixture=mixture_on(), train_dataset=pairs())

@@ -164,8 +164,8 @@ def test_settings_reach_the_trainer(run_file: RunFile, monkeypatch: pytest.Monke
     run(run_file(MOLA, train=options, seed=7))
     assert seen["seed"] == 7
     assert seen["steps"] == 4
-    assert seen["rates"] == [5e-3, 1e-4]
-    assert seen["decay"] == [0.01, 0.0]
+    assert seen["rates"] == [5e-3, 5e-3, 1e-4]
+    assert seen["decay"] == [0.01, 0.01, 0.0]
     assert seen["rising"] == pytest.approx([0.0, 1.25e-3, 2.5e-3, 3.75e-3])
     assert seen["threads"] == 2
     assert torch.get_num_threads() == before

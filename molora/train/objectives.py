@@ -1,0 +1,86 @@
+"""What a run's objective decides: what rows become, and which trainer trains on them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+from molora.attach.losses import required_columns
+from molora.config import MixtureConfig
+from molora.config.objective import DPO
+from molora.config.run import RunConfig
+from molora.data import Collator, Tokenized, padding_id, per_sequence, tokenize
+from molora.data.preference import tokenize_pairs
+from molora.errors import DataError
+from molora.train.arguments import trainer_arguments
+
+if TYPE_CHECKING:
+    from molora.train.dpo import DPOTrainer
+    from molora.train.trainer import SFTTrainer
+
+
+def tokenized(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Tokenized:
+    """The rows of a run as tokens: answers to learn, or pairs to compare.
+
+    Raises:
+        DataError: rows of another kind than the objective needs, see `molora.data.tokenize`, or
+            without a column that an auxiliary loss reads.
+    """
+    objective = config.train.objective
+    if not isinstance(objective, DPO):
+        data = tokenize(config.data, tokenizer, seed=config.seed)
+    else:
+        data = tokenize_pairs(config.data, tokenizer, seed=config.seed)
+        if not objective.aux_losses:
+            return data
+    check_columns(config.mixture, data)
+    return data
+
+
+def check_columns(mixture: MixtureConfig, data: Tokenized) -> None:
+    """Raise DataError unless the training rows have the columns that the mixture's losses read."""
+    for name in required_columns(mixture):
+        if name not in data.train.column_names:
+            raise DataError(
+                f"data.train has no column `{name}`, which the auxiliary loss of "
+                f"{mixture.method!r} needs: 0 or 1 for every row. Add it to the rows, set "
+                f"`{name}` on each source of data.train, or turn the loss off with losses: []."
+            )
+        values = sorted(set(per_sequence(data.train, name)))
+        if not set(values) <= {0, 1}:
+            raise DataError(
+                f"column `{name}` of data.train has the values {values[:6]}, but the auxiliary "
+                f"loss of {mixture.method!r} knows two types: use 0 and 1."
+            )
+
+
+def make_trainer(
+    config: RunConfig, model: Any, tokenizer: PreTrainedTokenizerBase, **keywords: Any
+) -> SFTTrainer | DPOTrainer:
+    """The trainer of a run; `keywords` go to it as they are."""
+    import trl
+
+    arguments, objective = trainer_arguments(config), config.train.objective
+    if isinstance(objective, DPO):
+        from molora.train.dpo import DPOTrainer
+
+        return DPOTrainer(
+            model,
+            # rows have been cut already
+            trl.DPOConfig(
+                **arguments, beta=objective.beta, loss_type=[objective.loss], max_length=None
+            ),
+            aux_losses=objective.aux_losses,
+            processing_class=tokenizer,
+            **keywords,
+        )
+    from molora.train.trainer import SFTTrainer
+
+    return SFTTrainer(
+        model,
+        trl.SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}),
+        data_collator=Collator(padding_id(tokenizer)),
+        processing_class=tokenizer,
+        **keywords,
+    )
