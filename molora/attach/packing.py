@@ -121,22 +121,26 @@ class PackedRows:
         """Found out once for every attention implementation, at its first packed forward."""
         attention = attention_of(model)
         if attention not in self._refusals:
-            self._refusals[attention] = refusal(model)
+            reason = refusal(model)
             # families that take positions do not all pass them on to their masks: in transformers
             # 5.23 OPT, Falcon and GPT-OSS do not
-            if not self._refusals[attention] and (seen := self._leak(model)) > TOLERATED_LEAK:
-                self._refusals[attention] = (
+            if not reason and (seen := self._leak(model)) > TOLERATED_LEAK:
+                reason = (
                     f"measured on this model, a sequence sees {100 * seen:.0f} % of what it would "
                     "see of the one before it if they were one"
                 )
+            self._refusals[attention] = reason
         return self._refusals[attention]
 
     def _leak(self, model: nn.Module) -> float:
-        # of the base alone: nobody who watches the mixture is to see these forwards
-        enabled, self.context.enabled = self.context.enabled, False
+        attention, enabled = attention_of(model), self.context.enabled
+        # its forwards are packed too; and they are the base's, so that nobody who watches the
+        # mixture sees them
+        self._refusals[attention], self.context.enabled = "", False
         try:
             return leak(model)
         finally:
+            del self._refusals[attention]
             self.context.enabled = enabled
 
 
@@ -156,8 +160,6 @@ def refusal(model: nn.Module) -> str:
     generates = getattr(model, "can_generate", None)
     if generates is None or not generates() or _text_config(model).is_encoder_decoder:
         return f"{type(model).__name__} is no causal language model of transformers"
-    if "position_ids" not in inspect.signature(type(model).forward).parameters:
-        return f"{type(model).__name__} takes no position_ids"
     if attention not in ("sdpa", "eager"):
         return f"masks by sequence are untested with attention {attention!r}; use sdpa or eager"
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
