@@ -1,5 +1,7 @@
 """Which rows are padding, and what a recomputation gets back."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -69,3 +71,28 @@ def _rows(side: SideInputs, stream: str) -> Tensor:
     rows = side.rows(stream, (2, 4))
     assert rows is not None
     return rows
+
+
+SEGMENTS = torch.tensor([[1, 1, 2, 0], [3, 4, 4, 4]])
+
+
+def test_packed_rows_know_their_sequence_and_where_it_begins() -> None:
+    side = SideInputs(segments=SEGMENTS)
+    expected = [True, False, True, True, True, True, False, False]
+    for grid in ((2, 4), (8,)):
+        assert side.segment_rows("input", grid).tolist() == SEGMENTS.flatten().tolist()
+        assert side.starts("input", grid, SEGMENTS.device).tolist() == expected
+    # rows of a base's own expert: whose they are is not known
+    assert side.segment_rows("input", (5,)) is None
+    with pytest.raises(AttachError, match=r"\(5,\) do not fit the packed batch of shape \(2, 4\)"):
+        side.starts("input", (5,), SEGMENTS.device)
+
+
+def test_rows_that_are_not_packed_begin_at_the_first_position_of_each() -> None:
+    side = SideInputs()
+    assert side.segment_rows("input", (2, 3)) is None
+    starts = partial(side.starts, "input", device=SEGMENTS.device)
+    assert starts((2, 3)).tolist() == [True, False, False] * 2
+    assert starts((4,)).tolist() == [True, False, False, False]
+    assert starts((2, 2, 2)).tolist() == [True, False, False, False] * 2
+    assert starts((0,)).tolist() == []
