@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from saved_checkpoints import BASE, CONFIG
 from saved_mixtures import (
     LORA_A,
     ROUTER,
@@ -29,6 +30,7 @@ from tiny_models import tiny
 from torch import Tensor, nn
 
 import molora
+from molora import io
 
 Tensors = dict[str, Tensor]
 
@@ -126,6 +128,21 @@ def test_non_finite_values_are_not_saved(name: str, value: float, tmp_path: Path
             mixture.save(directory)
     assert not (tmp_path / "new").exists()
     molora.load(tiny("llama"), tmp_path / "old")
+
+
+def test_a_mixture_has_floats_alone(tmp_path: Path) -> None:
+    """Other types of the file's format belong to the state of training."""
+    state = {"lora_A": torch.arange(6).reshape(1, 2, 3)}
+    with pytest.raises(molora.CheckpointError, match=r"lora_A is torch\.int64; a mixture stores"):
+        io.write(tmp_path, state=state, mixture=CONFIG, base=BASE, molora_version="0.1.0")
+    io.write(
+        tmp_path,
+        state={"lora_A": state["lora_A"].double()},
+        mixture=CONFIG,
+        base=BASE,
+        molora_version="0.1.0",
+    )
+    assert io.read_manifest(tmp_path).tensors["lora_A"].dtype == "float64"
 
 
 def test_one_changed_value_is_found_by_the_hash(

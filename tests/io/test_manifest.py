@@ -42,6 +42,10 @@ EDITS: dict[str, tuple[Callable[[Json], None], str]] = {
     "no mixture": (lambda data: data.pop("mixture"), "mixture: Field required"),
     "no base": (lambda data: data.pop("base"), "base: Field required"),
     "foreign dtype": (_set("tensors", {"a": {"shape": [1], "dtype": "object"}}), "tensors.a.dtype"),
+    "integers": (
+        _set("tensors/a", {"shape": [1], "dtype": "int64"}),
+        "tensors: a is int64; a mixture has float64",
+    ),
     "negative size": (_set("tensors", {"a": {"shape": [-1], "dtype": "float32"}}), "tensors.a.sha"),
     "other hash": (_set("sha256", "0" * 64), r"has no molora-0{16}\.safetensors"),
     "hash that is a path": (_set("sha256", "../../../etc/passwd"), "sha256: String should match"),

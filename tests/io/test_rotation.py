@@ -208,6 +208,15 @@ def test_links_are_neither_followed_nor_deleted(tmp_path: Path) -> None:
     assert (tmp_path / "precious.json").read_text() == "mine"
 
 
+def test_links_do_not_count(tmp_path: Path) -> None:
+    (outside,) = save(tmp_path / "elsewhere", 2)
+    output_dir = tmp_path / "out"
+    save(output_dir, 1, 3)
+    (output_dir / "checkpoint-2").symlink_to(outside)
+    assert io.rotate(output_dir, limit=2) == Rotation((), {})
+    assert steps_of(output_dir) == [1, 3]
+
+
 def test_an_output_directory_that_is_a_link_is_used(tmp_path: Path) -> None:
     save(tmp_path / "out", 1, 2)
     (tmp_path / "link").symlink_to(tmp_path / "out")
