@@ -13,6 +13,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
+from launches import launch
 from tiny_models import randomize, sequences, tiny
 from tiny_runs import lines, tokenizer
 
@@ -222,3 +223,13 @@ def test_a_run_from_a_configuration_packs(run_file: Callable[..., Path]) -> None
     first, last = lines(result.output_dir / "metrics.jsonl", "train")
     assert last["loss"] < first["loss"]
     assert first["aux_loss"] > 0
+
+
+@pytest.mark.distributed
+def test_packed_ranks_step_as_one_process_does_with_a_row_a_sequence(tmp_path: Path) -> None:
+    launch(Path(__file__).with_name("packed_ranks.py"), tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found) == 9
+    for name, step in found.items():
+        assert step["error"] < 1e-5, name
+        assert step["moved"] > 1e-2, name
