@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -66,23 +65,25 @@ def preview(
       molora data preview configs/mola.yaml
       molora data preview configs/mola.yaml --rows 2 --width 100 data.max_length=256
     """
-    from molora.data import tokenize
-    from molora.data.preview import figures, samples
+    from molora.config.objective import DPO
+    from molora.data.preview import figures, pair_samples, samples
     from molora.presets.overrides import load_run
     from molora.train.loading import load_tokenizer
+    from molora.train.objectives import tokenized
 
     run = load_run(config, overrides or [], output_dir=None)
     tokenizer = load_tokenizer(run.model)
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     if rows:
         _show_legend(console)
-    for sample in samples(run.data, tokenizer, rows):
+    shown = pair_samples if isinstance(run.train.objective, DPO) else samples
+    for sample in shown(run.data, tokenizer, rows):
         _show_sample(sample, console)
-    tokenized = tokenize(run.data, tokenizer, seed=run.seed)
-    found = figures(run.data, tokenized)
-    _show_sources(tokenized, console)
+    epoch = tokenized(run, tokenizer)
+    found = figures(run.data, epoch)
+    _show_sources(epoch, console)
     _show_tasks(found, console)
-    _show_lengths(run, tokenized, found, console)
+    _show_lengths(run, epoch, found, console)
 
 
 def _show_legend(console: Console) -> None:
@@ -116,42 +117,45 @@ def _shown(run: Run) -> str:
 
 
 def _show_sources(tokenized: Tokenized, console: Console) -> None:
-    table = Table(title="Sources", title_justify="left", title_style="bold")
-    table.add_column("source", overflow="fold")
-    for name in ("rows", "examples", "supervised %", "cut", "left out", "per epoch", "share %"):
-        table.add_column(name, justify="right")
+    """Two lines a source: paths are long, and a table would break them up."""
+    names = ("rows", "examples", "with loss", "cut", "left out", "per epoch", "share")
+    console.print(f"\nSources  {_in_columns(names)}", style="bold", soft_wrap=True)
     total = sum(part.drawn for part in tokenized.train_parts)
     for part in tokenized.train_parts:
-        table.add_row(*_figures_of(part), f"{100 * part.drawn / total:.1f}")
+        _show_source(part, f"{100 * part.drawn / total:.1f} %", console)
     for part in tokenized.eval_parts:
-        table.add_row(*_figures_of(part), "eval")
-    console.print()
-    console.print(table)
+        _show_source(part, "eval", console)
 
 
-def _figures_of(part: Part) -> Iterable[str]:
+def _show_source(part: Part, share: str, console: Console) -> None:
     counts = part.counts
-    yield part.source.shown
-    yield f"{counts.rows:,}"
-    yield f"{counts.examples:,}"
-    yield f"{100 * counts.supervised / max(counts.tokens, 1):.1f}"
-    yield f"{counts.truncated:,}"
-    yield f"{counts.dropped:,}"
-    yield f"{part.drawn:,}"
+    with_loss = f"{100 * counts.supervised / max(counts.tokens, 1):.1f} %"
+    figures = (
+        f"{counts.rows:,}",
+        f"{counts.examples:,}",
+        with_loss,
+        f"{counts.truncated:,}",
+        f"{counts.dropped:,}",
+        f"{part.drawn:,}",
+        share,
+    )
+    console.print(f"{part.source.shown}\n         {_in_columns(figures)}", soft_wrap=True)
+
+
+def _in_columns(cells: Iterable[str]) -> str:
+    return "".join(f"{cell:>10}" for cell in cells)
 
 
 def _show_tasks(found: Figures, console: Console) -> None:
     if not found.tasks:
         return
-    table = Table(title="Tasks", title_justify="left", title_style="bold")
-    table.add_column("task", overflow="fold")
-    table.add_column("per epoch", justify="right")
-    table.add_column("share %", justify="right")
+    wide = max(5, *map(len, found.tasks))
+    heading = f"{'Tasks':<{wide}}{_in_columns(('per epoch', 'share'))}"
+    console.print(f"\n{heading}", style="bold", soft_wrap=True)
     total = sum(found.tasks.values())
     for name, count in found.tasks.items():
-        table.add_row(name, f"{count:,}", f"{100 * count / total:.1f}")
-    console.print()
-    console.print(table)
+        cells = _in_columns((f"{count:,}", f"{100 * count / total:.1f} %"))
+        console.print(f"{name:<{wide}}{cells}", soft_wrap=True)
 
 
 def _show_lengths(run: RunConfig, tokenized: Tokenized, found: Figures, console: Console) -> None:

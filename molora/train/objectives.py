@@ -13,7 +13,6 @@ from molora.config.run import RunConfig
 from molora.data import Collator, Tokenized, padding_id, per_sequence, tokenize
 from molora.data.preference import tokenize_pairs
 from molora.errors import DataError
-from molora.train.arguments import trainer_arguments
 
 if TYPE_CHECKING:
     from molora.train.dpo import DPOTrainer
@@ -59,7 +58,10 @@ def make_trainer(
     config: RunConfig, model: Any, tokenizer: PreTrainedTokenizerBase, **keywords: Any
 ) -> SFTTrainer | DPOTrainer:
     """The trainer of a run; `keywords` go to it as they are."""
+    # here: a preview needs the rows, and no trainer
     import trl
+
+    from molora.train.arguments import trainer_arguments
 
     arguments, objective = trainer_arguments(config), config.train.objective
     if isinstance(objective, DPO):

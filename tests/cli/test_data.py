@@ -51,11 +51,11 @@ def config(tmp_path: Path) -> Config:
     return written
 
 
-def cells(out: str, first: str) -> list[str]:
-    """The cells of the table row whose first cell ends with a text."""
-    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines()]
-    (found,) = (row for row in rows if len(row) > 1 and row[0].endswith(first))
-    return found[1:]
+def figures(out: str, heading: str, name: str) -> list[str]:
+    """The cells of a row below a heading: on the line of its name, or on the next."""
+    lines = out.partition(f"\n{heading} ")[2].partition("\n\n")[0].splitlines()[1:]
+    (place,) = (place for place, line in enumerate(lines) if line.split()[0].endswith(name))
+    return lines[place].split()[1:] or lines[place + 1].split()
 
 
 def test_rows_are_shown_with_brackets_where_there_is_no_colour(
@@ -81,15 +81,15 @@ def test_sources_and_tasks_show_counts_and_shares(
     data["eval"] = [write(tmp_path / "held_out.jsonl", "z", task="letters")]
     out = molora("data", "preview", config(data), "--width", 160).out
     result = tokenize(DataConfig.parse(data), chat_tokenizer())
-    for part, drawn, share in zip(result.train_parts, ["2", "6"], ["25.0", "75.0"], strict=True):
+    for part, drawn, share in zip(result.train_parts, "26", ("25.0", "75.0"), strict=True):
         counts = part.counts
         supervised = f"{100 * counts.supervised / counts.tokens:.1f}"
         rows = str(counts.rows)
-        expected = [rows, rows, supervised, "0", "0", drawn, share]
-        assert cells(out, part.source.path.name) == expected
-    assert cells(out, "held_out.jsonl")[-2:] == ["1", "eval"]
-    assert cells(out, "letters") == ["2", "25.0"]
-    assert cells(out, "numbers") == ["6", "75.0"]
+        expected = [rows, rows, supervised, "%", "0", "0", drawn, share, "%"]
+        assert figures(out, "Sources", part.source.path.name) == expected
+    assert figures(out, "Sources", "held_out.jsonl")[-2:] == ["1", "eval"]
+    assert figures(out, "Tasks", "letters") == ["2", "25.0", "%"]
+    assert figures(out, "Tasks", "numbers") == ["6", "75.0", "%"]
     without = {"train": [data["train"][0]["path"]]}
     rows = Path(without["train"][0]).read_text().replace(', "task": "letters"', "")
     Path(without["train"][0]).write_text(rows)
@@ -138,6 +138,32 @@ def test_cut_tokens_are_marked_and_counted(
     assert "⟦it is ⟧⟪a<|im_end|>" in out
     assert f"{tokens} tokens, 6 supervised, 3 cut off" in out
     assert molora("data", "preview", path, "--rows", 0).out.count("⟦") == 0
+
+
+def test_preferences_are_shown_with_either_answer(
+    molora: Callable[..., Any], config: Config, tmp_path: Path
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "Hi", "chosen": "Hello", "rejected": "Go"}\n')
+    run = config({"train": [str(path)]}, train={"objective": "dpo"})
+    outcome = molora("data", "preview", run, "--width", 160)
+    assert outcome.code == 0
+    before = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    for answer, text in (("chosen", "Hello"), ("rejected", "Go")):
+        heading = rf"{re.escape(str(path))}, line 1, {answer}: \d+ tokens, {len(text) + 1} superv"
+        assert re.search(heading, outcome.out)
+        assert f"{before}⟦{text}<|im_end|>⟧" in outcome.out
+    assert "packing" not in outcome.out
+    supervised = molora("data", "preview", config({"train": [str(path)]}))
+    assert (supervised.code, "train.objective: dpo" in supervised.err) == (2, True)
+
+
+def test_a_column_that_training_would_miss_is_missed(
+    molora: Callable[..., Any], config: Config, data: dict[str, Any]
+) -> None:
+    outcome = molora("data", "preview", config(data, mixture={"preset": "loramoe"}))
+    assert outcome.code == 2
+    assert "data.train has no column `task_types`" in outcome.err
 
 
 @pytest.mark.parametrize("no_colour", [False, True], ids=["colour", "NO_COLOR"])
@@ -220,5 +246,5 @@ def test_it_needs_no_weights_and_imports_no_trainer(config: Config, data: dict[s
     exit_code, modules = json.loads(last)
     assert exit_code == 0
     assert any("⟦it is a" in line for line in shown)
-    assert not {"trl", "deepspeed", "matplotlib", "molora.train.run"} & set(modules)
+    assert not {"trl", "deepspeed", "peft", "matplotlib", "molora.train.run"} & set(modules)
     assert "datasets" in modules
