@@ -37,7 +37,9 @@ class AuxLosses:
     sites: tuple[str, ...] = ()
     """The sites that had records."""
     per_site: Mapping[str, Tensor] = field(default_factory=dict)
-    """Name → (sites,) term of each site, detached; for losses of scope "site" only."""
+    """Name → (sites,) term of the pool that each site is in, detached."""
+    factors: Mapping[str, float] = field(default_factory=dict)
+    """Name → by which the term of a pool is multiplied before all are added."""
 
 
 def total(
@@ -57,26 +59,35 @@ def total(
         side: columns of the batch.
     """
     weighted = torch.zeros((), dtype=torch.float32)
+    sites = tuple(site for site, site_records in records.items() if site_records)
     raw: dict[str, Tensor] = {}
     per_site: dict[str, Tensor] = {}
+    factors: dict[str, float] = {}
     for loss in losses:
-        values = [loss.term(pool, side) for pool in _pools(records, loss, layer_of)]
-        if not values:
+        pools = _pools(records, loss, layer_of)
+        if not pools:
             continue
-        stacked = torch.stack([value.to(values[0].device) for value in values])
+        values = [loss.term(pool, side) for _, pool in pools]
+        values = [value.to(values[0].device) for value in values]
+        stacked = torch.stack(values)
         reduced = stacked.mean() if loss.reduction == "mean" else stacked.sum()
         weighted = weighted.to(reduced.device) + loss.coefficient * reduced
         raw[loss.name] = reduced.detach()
-        if loss.scope == "site":
-            per_site[loss.name] = stacked.detach()
-    sites = tuple(site for site, site_records in records.items() if site_records)
-    return AuxLosses(weighted, raw, sites, per_site)
+        pool_of = {
+            site: value
+            for (members, _), value in zip(pools, values, strict=True)
+            for site in members
+        }
+        per_site[loss.name] = torch.stack([pool_of[site].detach() for site in sites])
+        factors[loss.name] = loss.coefficient / (len(pools) if loss.reduction == "mean" else 1)
+    return AuxLosses(weighted, raw, sites, per_site, factors)
 
 
 def _pools(
     records: Mapping[str, Sequence[Routing]], loss: WeightedTerm, layer_of: Mapping[str, str]
-) -> list[Routing]:
-    groups: dict[object, list[Routing]] = {}
+) -> list[tuple[set[str], Routing]]:
+    """The sites of every pool, and the pool."""
+    groups: dict[object, list[tuple[str, Routing]]] = {}
     for site, site_records in records.items():
         for record in site_records:
             kept = record if loss.mask == "valid" else replace(record, mask=None)
@@ -84,5 +95,8 @@ def _pools(
             # width
             width = (record.num_experts, record.gates.shape[1])
             key = {"site": site, "layer": (layer_of[site], width), "model": width}[loss.scope]
-            groups.setdefault(key, []).append(kept)
-    return [concatenate(group) for group in groups.values()]
+            groups.setdefault(key, []).append((site, kept))
+    return [
+        ({site for site, _ in group}, concatenate([record for _, record in group]))
+        for group in groups.values()
+    ]

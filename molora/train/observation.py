@@ -117,7 +117,9 @@ class Observation:
         norms = Norms({}, {})
         if squares is not None:
             norms = self._gradients.norms(squares.tolist(), total=grad_norm)
-        sites = summary.sites(self._layout, table_WN, sums, norms, steps)
+        sites = summary.sites(
+            self._layout, table_WN, sums, norms, steps=steps, factors=window.factors
+        )
         tokens = round(sums.scalars["tokens"])
         self.tokens += tokens
         per_second = tokens / window.seconds()

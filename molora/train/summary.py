@@ -39,8 +39,8 @@ def site_numbers(
     * ``margin``: of the highest score over the second, both as shares of all scores.
     * ``balance``: E · Σ f_e P_e, f_e being expert e's share of the choices and P_e of the scores:
       1 at even routing, whatever losses the mixture has.
-    * ``aux/NAME`` and ``weighted/NAME``: an auxiliary loss of scope "site" before its coefficient,
-      and what it adds to the loss.
+    * ``aux/NAME`` and ``weighted/NAME``: an auxiliary loss before its coefficient, and what it adds
+      to the loss; where sites are pooled by layer or model, of the site's pool.
     * ``router_grad_norm``, ``expert_grad_norm``: see `GradientNorms`.
     * ``agreement``: of the ranks, if there are several: 1 − the largest total variation distance
       between one rank's loads and those of all, 1 if all are the same.
@@ -76,7 +76,13 @@ def _agreement(share_E: Tensor, counts_WE: Tensor) -> float:
 
 
 def sites(
-    layout: Layout, table_WN: Tensor, sums: WindowSums, norms: Norms, steps: int
+    layout: Layout,
+    table_WN: Tensor,
+    sums: WindowSums,
+    norms: Norms,
+    *,
+    steps: int,
+    factors: Mapping[str, float],
 ) -> dict[str, dict[str, Any]]:
     """Site → `site_numbers`.
 
@@ -85,18 +91,15 @@ def sites(
         sums: of all ranks.
         norms: of the step at the end of the window; empty if not measured.
         steps: optimiser steps in the window.
+        factors: see `MetricsWindow`.
     """
     places = table_WN.split(layout.sizes, dim=1)[1:-1]
-    factors = {
-        loss.name: loss.coefficient / (len(layout.experts) if loss.reduction == "mean" else 1)
-        for loss in layout.losses
-    }
     found = {}
     for (site, sums_N), by_rank in zip(sums.sites.items(), places, strict=True):
         losses = {}
         for name, values in sums.losses.items() if sums.scalars["forwards"] else ():
             losses[f"aux/{name}"] = values[site] / steps
-            losses[f"weighted/{name}"] = factors[name] * values[site] / steps
+            losses[f"weighted/{name}"] = factors.get(name, 0.0) * values[site] / steps
         found[site] = site_numbers(sums_N, by_rank, losses, norms.sites.get(site, {}))
     return found
 

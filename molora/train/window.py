@@ -12,7 +12,7 @@ from torch import Tensor
 from molora.attach import Mixture
 from molora.attach.losses import weighted_terms
 from molora.errors import CheckpointError
-from molora.losses import AuxLosses, WeightedTerm
+from molora.losses import AuxLosses
 from molora.routing.statistics import RoutingStatistics, accumulator
 
 
@@ -22,7 +22,8 @@ class Layout:
 
     experts: Mapping[str, int]
     """Site → number of experts."""
-    losses: Sequence[WeightedTerm]
+    losses: Sequence[str]
+    """Names of the auxiliary losses."""
 
     @classmethod
     def of(cls, mixture: Mixture) -> Layout:
@@ -30,23 +31,18 @@ class Layout:
         # not from tensors, which ZeRO-3 partitions
         planned = {place.path: place.num_experts for place in mixture.plan.placements}
         experts = {site: planned[path] for path, site in mixture.built.routed_by.items()}
-        return cls(experts, weighted_terms(mixture.config))
+        return cls(experts, [term.name for term in weighted_terms(mixture.config)])
 
     @property
     def scalars(self) -> list[str]:
-        return ["tokens", "forwards", "aux_loss", *(f"aux/{loss.name}" for loss in self.losses)]
-
-    @property
-    def per_site(self) -> list[str]:
-        """Losses that have a value at every site."""
-        return [loss.name for loss in self.losses if loss.scope == "site"]
+        return ["tokens", "forwards", "aux_loss", *(f"aux/{name}" for name in self.losses)]
 
     @property
     def sizes(self) -> list[int]:
         return [
             len(self.scalars),
             *(2 * number + 3 for number in self.experts.values()),
-            len(self.per_site) * len(self.experts),
+            len(self.losses) * len(self.experts),
         ]
 
 
@@ -58,19 +54,19 @@ class WindowSums:
     sites: dict[str, Tensor]
     """Site → (2E + 3,), see `row_sums`."""
     losses: dict[str, dict[str, float]]
-    """Loss → site → term before its coefficient."""
+    """Loss → site → term of its pool."""
 
     @classmethod
     def read(cls, layout: Layout, vector: Tensor) -> WindowSums:
         """From a vector on the CPU."""
         scalars, *sites, losses = vector.split(layout.sizes)
-        rows = losses.view(len(layout.per_site), len(layout.experts)).tolist()
+        rows = losses.view(len(layout.losses), len(layout.experts)).tolist()
         return cls(
             dict(zip(layout.scalars, scalars.tolist(), strict=True)),
             dict(zip(layout.experts, sites, strict=True)),
             {
                 name: dict(zip(layout.experts, row, strict=True))
-                for name, row in zip(layout.per_site, rows, strict=True)
+                for name, row in zip(layout.losses, rows, strict=True)
             },
         )
 
@@ -79,11 +75,15 @@ class MetricsWindow:
     """Auxiliary losses, routing and tokens of the optimiser steps since the last line of metrics.
 
     All are sums over this rank's micro-batches; those of all ranks are added.
+
+    Attributes:
+        factors: loss → by which the term of a pool enters the loss.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.routing = RoutingStatistics()
+        self.factors: dict[str, float] = {}
         self._scalars: dict[str, Tensor] = {}
         self._per_site: dict[tuple[str, tuple[str, ...]], Tensor] = {}
         self._started = time.perf_counter()
@@ -97,6 +97,7 @@ class MetricsWindow:
 
     def add_losses(self, aux: AuxLosses, weight: Tensor | float) -> None:
         """Add the auxiliary losses of one forward, times its share of an optimiser step."""
+        self.factors.update(aux.factors)
         self.add_scalar("forwards", torch.ones_like(aux.weighted.detach()))
         self.add_scalar("aux_loss", weight * aux.weighted)
         for name, value in aux.raw.items():
@@ -124,7 +125,7 @@ class MetricsWindow:
         parts = [self._scalars.get(name, none[0]).reshape(1) for name in self.layout.scalars]
         for site, number in self.layout.experts.items():
             parts.append(sums.get(site, none[: 2 * number + 3]))
-        for name in self.layout.per_site:
+        for name in self.layout.losses:
             values = dict(self._site_losses(name))
             parts += [values.get(site, none[0]).reshape(1) for site in self.layout.experts]
         return torch.cat([part.to(device) for part in parts])
@@ -146,8 +147,8 @@ class MetricsWindow:
             self.add_scalar(name, value)
         self.routing.add(dict(zip(self.layout.experts, sites, strict=True)))
         names = tuple(self.layout.experts)
-        rows = losses.view(len(self.layout.per_site), len(names))
-        for loss, values_S in zip(self.layout.per_site, rows, strict=True):
+        rows = losses.view(len(self.layout.losses), len(names))
+        for loss, values_S in zip(self.layout.losses, rows, strict=True):
             self._add_per_site((loss, names), values_S)
 
     def _add_per_site(self, key: tuple[str, tuple[str, ...]], values_S: Tensor) -> None:

@@ -62,13 +62,21 @@ def test_total_is_the_coefficient_times_the_reduced_pools(scope, mask, pools, re
     }
 
 
-def test_a_loss_per_site_tells_the_term_of_each_site():
-    two = [weighted(name="a", coefficient=2.0, reduction="sum"), weighted(name="b", scope="layer")]
-    aux = total({**RECORDS, "2.q": []}, two, layer_of=LAYERS, side={})
+def test_the_term_of_each_sites_pool_is_told():
+    three = [
+        weighted(name="a", coefficient=2.0, reduction="sum"),
+        weighted(name="b", coefficient=3.0, scope="layer"),
+        weighted(name="c", coefficient=3.0),
+    ]
+    aux = total({**RECORDS, "2.q": []}, three, layer_of=LAYERS, side={})
     assert aux.sites == ("0.q", "0.up", "1.q")
     assert {name: values.tolist() for name, values in aux.per_site.items()} == {
-        "a": [1.0, 4.0, 17.5]
+        "a": [1.0, 4.0, 17.5],
+        "b": [2.5, 2.5, 17.5],
+        "c": [1.0, 4.0, 17.5],
     }
+    assert aux.factors == {"a": 2.0, "b": 1.5, "c": 1.0}
+    assert not any(values.requires_grad for values in aux.per_site.values())
 
 
 def test_a_layer_pools_its_own_sites_only():

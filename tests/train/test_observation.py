@@ -111,18 +111,17 @@ def test_losses_per_site_add_up_to_the_auxiliary_loss(tmp_path: Path) -> None:
             for name in report.sites[QUERY]
             if name.startswith(("aux/", "weighted/"))
         }
-        assert per_site.keys() == {
-            f"{kind}/{name}"
-            for kind in ("aux", "weighted")
-            for name in ("load_balance_0", "router_z")
-        }
+        names = ("load_balance_0", "router_z", "load_balance_1")
+        assert per_site.keys() == {f"{k}/{name}" for k in ("aux", "weighted") for name in names}
         balance, z = per_site["aux/load_balance_0"], per_site["aux/router_z"]
         assert sum(balance) / len(balance) == pytest.approx(totals["aux/load_balance_0"], rel=1e-5)
         assert sum(z) == pytest.approx(totals["aux/router_z"], rel=1e-5)
-        weighted = sum(map(sum, (v for name, v in per_site.items() if name.startswith("weighted"))))
-        pooled = 0.2 * totals["aux/load_balance_1"]
-        assert weighted + pooled == pytest.approx(totals["aux_loss"], rel=1e-5)
-        assert pooled > 0.1
+        # the third is pooled by layer, and each of the two layers has seven sites
+        pooled = [sum(per_site[f"{kind}/load_balance_1"]) / 7 for kind in ("aux", "weighted")]
+        assert pooled[0] / 2 == pytest.approx(totals["aux/load_balance_1"], rel=1e-5)
+        own = (sum(per_site[f"weighted/{name}"]) for name in names[:2])
+        assert sum(own) + pooled[1] == pytest.approx(totals["aux_loss"], rel=1e-5)
+        assert pooled[1] > 0.1
 
 
 def test_gradient_norms_are_those_of_the_last_step_before_clipping(tmp_path: Path) -> None:
