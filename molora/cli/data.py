@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,6 +29,8 @@ _MEANING = {
 # Characters at either end of a run of tokens that are shown; runs that are not longer, whole.
 _ENDS = 1000
 _BAR = 40
+# Training data are untrusted text: nothing in them may steer the terminal, nor turn its text round.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 @data.callback()
@@ -112,8 +115,13 @@ def _marked(kind: Kind, text: str, console: Console) -> Text:
 def _shown(run: Run) -> str:
     left_out = len(run.text) - 2 * _ENDS
     if left_out <= 0:
-        return run.text
-    return f"{run.text[:_ENDS]} … {left_out:,} characters … {run.text[-_ENDS:]}"
+        return _harmless(run.text)
+    ends = _harmless(run.text[:_ENDS]), _harmless(run.text[-_ENDS:])
+    return f" … {left_out:,} characters … ".join(ends)
+
+
+def _harmless(text: str) -> str:
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _show_sources(tokenized: Tokenized, console: Console) -> None:
@@ -149,11 +157,12 @@ def _in_columns(cells: Iterable[str]) -> str:
 def _show_tasks(found: Figures, console: Console) -> None:
     if not found.tasks:
         return
-    wide = max(5, *map(len, found.tasks))
+    tasks = {_harmless(name): count for name, count in found.tasks.items()}
+    wide = max(map(len, ("Tasks", *tasks)))
     heading = f"{'Tasks':<{wide}}{_in_columns(('per epoch', 'share'))}"
     console.print(f"\n{heading}", style="bold", soft_wrap=True)
-    total = sum(found.tasks.values())
-    for name, count in found.tasks.items():
+    total = sum(tasks.values())
+    for name, count in tasks.items():
         cells = _in_columns((f"{count:,}", f"{100 * count / total:.1f} %"))
         console.print(f"{name:<{wide}}{cells}", soft_wrap=True)
 

@@ -195,6 +195,18 @@ def test_long_texts_are_shown_by_their_ends(
     assert text.count("x") < 4500
 
 
+def test_control_characters_of_the_data_do_not_reach_the_terminal(
+    molora: Callable[..., Any], config: Config, tmp_path: Path
+) -> None:
+    path = write(
+        tmp_path / "bad.jsonl", "\x1b]0;title\x07\x9b2J\u202eévil\ttab", task="\x1b[31mred"
+    )
+    out = molora("data", "preview", config({"train": [path]}), "--width", 160).out
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", out)
+    assert r"\x1b]0;title\x07\x9b2J\u202eévil" in out
+    assert figures(out, "Tasks", r"\x1b[31mred") == ["1", "100.0", "%"]
+
+
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
