@@ -10,6 +10,7 @@ ranks only.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import gather_object
 from torch import nn
 
 from molora import io
@@ -50,6 +52,15 @@ def save(trainer: Any) -> Path:
     common = run_state.read_common(trainer)
 
     def write() -> None:
+        try:
+            put()
+        except CheckpointError:
+            # makes room: what is there is no checkpoint
+            with contextlib.suppress(OSError):
+                rotation.delete_checkpoint(directory)
+            raise
+
+    def put() -> None:
         save_mixture(trainer.mixture, directory, state=weights, base=trainer.base)
         text = json.dumps(common, indent=2).encode()
         atomic.put(directory, lambda path: path.write_bytes(text), lambda _: RUN_STATE)
@@ -64,37 +75,75 @@ def save(trainer: Any) -> Path:
             files=[*mixture_files(directory), RUN_STATE],
         )
         keep = [directory, *([best_directory] if best_directory else [])]
-        rotation.rotate(output_dir, limit=trainer.args.save_total_limit, keep=keep)
+        outcome = rotation.rotate(output_dir, limit=trainer.args.save_total_limit, keep=keep)
+        for path, reason in outcome.failed.items():
+            trainer.tell(f"{path.name} could not be deleted: {reason}")
 
     on_first_rank(trainer, write)
     return directory
 
 
 def find(resume: Any, output_dir: Path, tell: Callable[[str], object]) -> Checkpoint | None:
-    """The checkpoint to go on from.
+    """The checkpoint to go on from; all ranks take part, and get the same one.
 
     Args:
-        resume: a directory; True or "auto" for the newest complete one, if there is any.
+        resume: a directory; True or "auto" for the newest complete one, if there is any; None or
+            False for the beginning.
         output_dir: where the run writes.
         tell: gets a sentence about what was chosen, and each directory that was passed over.
 
     Raises:
-        CheckpointError: a directory that is no complete checkpoint; True without there being one.
+        CheckpointError: a directory that is no complete checkpoint, or that a rank cannot read;
+            True without there being one; newer checkpoints in `output_dir` than the one chosen.
     """
-    if resume not in (True, "auto"):
-        return checkpoint.read_checkpoint(Path(resume))
-    found, skipped = rotation.newest_complete(output_dir)
-    for path, reason in skipped.items():
-        tell(f"passed over {path.name}: {reason}")
-    if found is not None:
-        tell(f"resuming from {found.directory}, step {found.step}")
-    elif resume is True:
+    chosen: list[Any] = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            found = _choose(resume, output_dir, tell)
+            chosen = [None if found is None else str(found.directory), None]
+        except CheckpointError as error:
+            chosen = [None, str(error)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(chosen)
+    path, fault = chosen
+    if fault is not None:
+        raise CheckpointError(fault)
+    if path is None:
+        return None
+    own: Checkpoint | None = None
+    try:
+        own = checkpoint.read_checkpoint(Path(path))
+    except CheckpointError as error:
+        fault = str(error)
+    faults = gather_object([fault])
+    for rank, message in enumerate(faults):
+        if message is not None:
+            raise CheckpointError(f"rank {rank}: {message} Every rank has to see the directory.")
+    return own
+
+
+def _choose(resume: Any, output_dir: Path, tell: Callable[[str], object]) -> Checkpoint | None:
+    newest, skipped = rotation.newest_complete(output_dir)
+    if resume in (True, "auto"):
+        for path, reason in skipped.items():
+            tell(f"passed over {path.name}: {reason}")
+        if newest is not None:
+            tell(f"resuming from {newest.directory}, step {newest.step}")
+        elif resume is True:
+            raise CheckpointError(
+                f"{output_dir} has no complete checkpoint to resume from. Set save_steps, or "
+                "start from the beginning."
+            )
+        else:
+            tell(f"no complete checkpoint in {output_dir}: starting from the beginning")
+        return newest
+    found = checkpoint.read_checkpoint(Path(resume)) if resume else None
+    if newest is not None and (found is None or newest.step > found.step):
         raise CheckpointError(
-            f"{output_dir} has no complete checkpoint to resume from. Set save_steps, or start "
-            "from the beginning."
+            f"{newest.directory} is of an earlier run and would pass for this one's newest. "
+            'Resume from it (--resume auto, or resume_from_checkpoint="auto"), delete it, or '
+            "choose another output_dir."
         )
-    else:
-        tell(f"no complete checkpoint in {output_dir}: starting from the beginning")
     return found
 
 

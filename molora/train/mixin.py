@@ -126,10 +126,9 @@ class MixtureTrainerMixin(_Trainer):
             KeyboardInterrupt: after Ctrl-C; SystemExit after SIGTERM.
         """
         self.observation.reset()
-        self._resumed = None
-        if resume_from_checkpoint:
-            output_dir = Path(self.args.output_dir)
-            self._resumed = checkpoints.find(resume_from_checkpoint, output_dir, self.tell)
+        self._resumed = checkpoints.find(
+            resume_from_checkpoint, Path(self.args.output_dir), self.tell
+        )
         path = None
         if self._resumed is not None:
             saved = checkpoints.read_run_state(self._resumed)["settings"]

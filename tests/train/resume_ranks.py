@@ -9,6 +9,7 @@ left in DIRECTORY/STAGE-even.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def make(out: Path, stage: str, **options: Any) -> SFTTrainer:
     """The run of `resumable` with its four rows a step and process."""
     # each trainer is of a process of its own, as far as accelerate knows
     AcceleratorState._reset_state()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     return trainer_in(
         out,
         per_device_train_batch_size=4,

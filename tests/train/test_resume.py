@@ -137,6 +137,19 @@ def test_true_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
         trainer_in(tmp_path / "out").train(resume_from_checkpoint=True)
 
 
+def test_an_older_run_in_the_same_directory_is_not_mixed_up_with_a_new_one(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    interrupted(out, 10)
+    with pytest.raises(molora.CheckpointError, match=r"checkpoint-8 is of an earlier run"):
+        trainer_in(out).train()
+    with pytest.raises(molora.CheckpointError, match=r"checkpoint-8 is of an earlier run"):
+        trainer_in(out).train(resume_from_checkpoint=str(out / "checkpoint-4"))
+    # elsewhere it may go on from any of them
+    resumed = trainer_in(tmp_path / "new")
+    resumed.train(resume_from_checkpoint=str(out / "checkpoint-4"))
+    assert resumed.state.global_step == STEPS
+
+
 def test_a_checkpoint_that_was_moved_resumes(tmp_path: Path, straight: SFTTrainer) -> None:
     interrupted(tmp_path / "out", 6)
     shutil.move(tmp_path / "out" / "checkpoint-4", tmp_path / "elsewhere")
