@@ -33,7 +33,7 @@ from molora.train.mixin import ADAPTER
 from molora.train.objectives import make_trainer, tokenized
 from molora.train.progress import ProgressDisplay
 from molora.train.start import attached
-from molora.train.startup import joined
+from molora.train.startup import WaitLimit, joined
 
 if TYPE_CHECKING:
     from molora.train.dpo import DPOTrainer
@@ -102,6 +102,7 @@ def train(
             trainer.add_callback(writer)
             trainer.observation.listeners.append(writer.on_report)
             trainer.add_callback(display)
+            trainer.add_callback(WaitLimit(config.train.timeout_seconds))
             if trainer.is_world_process_zero():
                 display.show_run(data, table, engine=engine)
             metrics, seconds = _run(trainer, resume)

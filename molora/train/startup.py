@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import DistError, PrefixStore
+from transformers import TrainerCallback
 
 from molora import __version__
 from molora.config.run import RunConfig
@@ -128,6 +129,18 @@ def _take_gpu(local_rank: int) -> None:
             f"{torch.cuda.device_count()}. Start at most one process per GPU."
         )
     torch.cuda.set_device(local_rank)
+
+
+class WaitLimit(TrainerCallback):
+    """Gives every group of processes the run's time-out: those that DeepSpeed makes have torch's
+    default of 10 or 30 minutes, whatever the first was made with."""
+
+    def __init__(self, seconds: int) -> None:
+        self.limit = timedelta(seconds=seconds)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(self.limit, group)
 
 
 def _is_loss(error: RuntimeError) -> bool:
