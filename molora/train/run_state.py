@@ -34,6 +34,10 @@ _SETTINGS = (
     "data_seed",
     "fp16",
     "bf16",
+    # of preference training
+    "beta",
+    "loss_type",
+    "disable_dropout",
 )
 
 
@@ -41,11 +45,12 @@ def settings(trainer: Any) -> dict[str, Any]:
     """What has to be the same when a run goes on, by name."""
     args = trainer.args
     return {
-        **{name: _plain(getattr(args, name)) for name in _SETTINGS},
+        **{name: _plain(getattr(args, name)) for name in _SETTINGS if hasattr(args, name)},
         "batch size (rows · accumulation · processes)": (
             args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         ),
         "training rows": _data(trainer.train_dataset),
+        "auxiliary losses": getattr(trainer, "aux_losses", True),
         "mixture": hashlib.sha256(trainer.mixture.config.model_dump_json().encode()).hexdigest(),
     }
 

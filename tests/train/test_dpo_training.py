@@ -105,6 +105,28 @@ def test_what_is_saved_is_the_mixture(tmp_path: Path) -> None:
     assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors"}
 
 
+def test_a_resumed_run_is_bit_equal_to_one_that_was_not_interrupted(tmp_path: Path) -> None:
+    """Saved inside an open window of metrics, rewards and margins among them."""
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4, "logging_steps": 3}
+    straight = trainer_on(mixture_on(), tmp_path / "straight", **options)
+    straight.train()
+    resumed = trainer_on(mixture_on(), tmp_path / "resumed", **options)
+    folder = tmp_path / "straight" / "out" / "checkpoint-4"
+    resumed.train(resume_from_checkpoint=str(folder))
+    ends = [trainer.mixture.state_dict() for trainer in (straight, resumed)]
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=0)
+    timed = ("tokens_per_second", "memory_mib")
+    first, again = (
+        [{n: v for n, v in line.items() if n not in timed} for line in logged(trainer)]
+        for trainer in (straight, resumed)
+    )
+    assert again == first
+    assert "rewards/margins" in again[-1]
+    other = trainer_on(mixture_on(), tmp_path / "other", **options, beta=0.3)
+    with pytest.raises(molora.CheckpointError, match=r"beta was 0\.1 and is 0\.3"):
+        other.train(resume_from_checkpoint=str(folder))
+
+
 def test_trls_own_preparation_gives_the_same_loss(tmp_path: Path) -> None:
     """Rows as text, tokenised by TRL, whose template-less form is ours with an eos."""
     rows = [
