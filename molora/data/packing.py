@@ -82,10 +82,9 @@ def best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
             bins.append(chosen)
         chosen.append(number)
         left = room - length
-        if left and left not in with_room:
+        if left not in with_room:
             insort(rooms, left)
-        if left:
-            with_room.setdefault(left, []).append(chosen)
+        with_room.setdefault(left, []).append(chosen)
     return sorted(sorted(members) for members in bins)
 
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from datasets import Dataset
-from tiny_models import CAUSAL, DECODER, batch_for, randomize, sequences, tiny
+from packed_batches import LENGTHS, WIDTH, by_positions, order_of_packed, ordinary, packed
+from tiny_models import CAUSAL, batch_for, randomize, sequences, tiny
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
@@ -24,13 +23,7 @@ from molora.config import (
     RouterZ,
     RoutingEntropy,
 )
-from molora.data import Collator, pack
-from molora.data.packing import best_fit
 from molora.modules import SideInputs
-
-# windows of 8 positions end inside of sequences; bins of 18 hold 11 + 3 + 4, 5 + 12, and 9
-LENGTHS = (11, 5, 9, 3, 12, 4)
-WIDTH = 18
 
 SMOOTH = tuple(
     Loss(term=term, coefficient=0.5)
@@ -73,41 +66,6 @@ def adapted(family: str, config: MixtureConfig, **overrides: Any) -> tuple[Any, 
     for site in mixture.built.sites.values():
         site.router.jitter = 0.0
     return model.train(), mixture
-
-
-def rows(lengths: tuple[int, ...] = LENGTHS) -> Dataset:
-    ids = [row.tolist() for row in sequences(lengths)]
-    types = [n % 2 for n in range(len(lengths))]
-    return Dataset.from_dict({"input_ids": ids, "labels": ids, "task_types": types})
-
-
-def ordinary() -> dict[str, Tensor]:
-    """A batch with one sequence per row."""
-    return Collator(0)(list(rows()))
-
-
-def packed(side: Any = "right") -> dict[str, Tensor]:
-    """The same sequences, two or three to a row."""
-    batch = Collator(0, padding_side=side)(list(pack(rows(), WIDTH)))
-    assert batch["input_ids"].shape[0] == 3
-    assert 0 < (batch["segment_ids"] == 0).sum() < 12
-    return batch
-
-
-def by_positions() -> dict[str, Tensor]:
-    """The same sequences in one row, as a padding-free collator has them."""
-    ids = sequences(LENGTHS)
-    return {
-        "input_ids": torch.cat(ids)[None],
-        "labels": torch.cat([torch.cat([torch.tensor([-100]), row[1:]]) for row in ids])[None],
-        "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None],
-        "task_types": rows().with_format("torch")["task_types"][:],
-    }
-
-
-def order_of_packed() -> list[int]:
-    """Which sequence of `rows` is the first, second, … of `packed`."""
-    return [number for members in best_fit(LENGTHS, WIDTH) for number in members]
 
 
 def measured(
@@ -157,7 +115,11 @@ def test_a_packed_sequence_has_the_logits_that_it_has_alone(family: str, attenti
         logits = out.logits[batch["segment_ids"] != 0]
         assert (logits - expected).abs().max() < close
         assert out.past_key_values is None
-        # what the collator gives says the same, and needs no more than positions
+        # what the collator gives says the same, and so does any number that is not the neighbours'
+        falling = torch.where(batch["segment_ids"] == 0, 0, 9 - batch["segment_ids"])
+        assert torch.equal(
+            model(input_ids=batch["input_ids"], segment_ids=falling).logits, out.logits
+        )
         whole = {n: v for n, v in batch.items() if n not in ("labels", "task_types")}
         assert torch.equal(model(**whole).logits, out.logits)
     with mixture.disabled():
@@ -294,107 +256,3 @@ def test_ordinary_positions_are_one_sequence_per_row() -> None:
     assert distance(given[2], plain[2]) == 0
     rows_of = torch.arange(1, 4).repeat_interleave(6)
     assert all(torch.equal(record.segment_ids, rows_of) for record in records.values())
-
-
-# ---------------------------------------------------------------------- refusals
-
-
-def test_what_would_join_the_sequences_is_refused() -> None:
-    model, _ = adapted("llama", LINEAR)
-    batch = packed()
-    for name, value in {
-        "attention_mask": torch.ones_like(batch["input_ids"]),
-        "use_cache": True,
-        "past_key_values": transformers.DynamicCache(config=model.config),
-    }.items():
-        with pytest.raises(molora.AttachError, match=rf"segment_ids came with {name}.*Leave it"):
-            model(**{**batch, name: value})
-    with pytest.raises(molora.AttachError, match=r"shape \(3, 17\), but the batch is \(3, 18\)"):
-        model(**{**batch, "segment_ids": batch["segment_ids"][:, 1:]})
-
-
-def test_task_types_are_one_per_sequence() -> None:
-    model, _ = adapted("llama", PRESETS["loramoe"])
-    for types in (torch.tensor([0, 1, 1]), torch.zeros(7, dtype=torch.int64)):
-        with pytest.raises(molora.ConfigError, match=r"one value per sequence, \(6,\)"):
-            model(**{**packed(), "task_types": types})
-
-
-def other(name: str, **settings: Any) -> nn.Module:
-    """A tiny model of a family that is not in `tiny_models`."""
-    small = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
-    config = getattr(transformers, f"{name}Config")(**small, **settings)
-    model: nn.Module = getattr(transformers, f"{name}ForCausalLM")(config)
-    return model
-
-
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
-REFUSED = {
-    "t5": (lambda: tiny("t5"), "T5ForConditionalGeneration is no causal language model"),
-    "bert": (lambda: tiny("bert"), "BertForSequenceClassification is no causal"),
-    "flex": (
-        lambda: tiny("llama", attn_implementation="flex_attention"),
-        "untested with attention 'flex_attention'; use sdpa or eager",
-    ),
-    "lfm2": (
-        lambda: other("Lfm2", **HEADS, layer_types=["conv", "full_attention"]),
-        "layers of kind 'conv' carry a state from one sequence into the next",
-    ),
-    "bloom": (lambda: other("Bloom", n_head=4), "BloomForCausalLM takes no position_ids"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_bases_that_cannot_separate_sequences_are_refused(case: str) -> None:
-    make, reason = REFUSED[case]
-    model = make()
-    assert reason in packing.refusal(model)
-    molora.attach(model, MixtureConfig.parse({"groups": [{"num_experts": 3, "rank": 5}]}))
-    with pytest.raises(molora.AttachError, match=r"packed into one row cannot be kept apart"):
-        model(**{n: v for n, v in packed().items() if n != "task_types"})
-
-
-class WithoutPositions(transformers.LlamaForCausalLM):
-    """A base whose masks do not follow positions, which no rule can see."""
-
-    def forward(self, input_ids: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
-        return super().forward(input_ids, **kwargs)
-
-
-def leaky(attention: str) -> nn.Module:
-    torch.manual_seed(0)
-    return WithoutPositions(transformers.LlamaConfig(**DECODER, attn_implementation=attention))
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("make", [leaky, lambda attention: other("OPT", num_attention_heads=4)])
-def test_a_base_that_does_not_use_positions_is_found_out(make: Any, attention: str) -> None:
-    model = make(attention)
-    group = {"num_experts": 3, "rank": 5, "targets": "attention"}
-    molora.attach(model, MixtureConfig.parse({"groups": [group]}))
-    assert packing.refusal(model) == ""
-    for _ in range(2):
-        with pytest.raises(molora.AttachError, match=r"measured on this model.* sees 1\d\d % of"):
-            model(**{n: v for n, v in packed().items() if n != "task_types"})
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "qwen3_moe"])
-def test_a_leak_is_measured_once_and_leaves_everything_as_it_was(family: str) -> None:
-    model, mixture = adapted(family, LINEAR)
-    next(module for module in model.modules() if isinstance(module, nn.ModuleList))[0].eval()
-    modes = [module.training for module in model.modules()]
-    assert len(set(modes)) == 2
-    forwards: list[int] = []
-    model.register_forward_pre_hook(lambda *_: forwards.append(1))
-    state = torch.random.get_rng_state()
-    with mixture.record() as records:
-        model(**packed())
-        assert len(forwards) == 1 + 4
-        model(**packed())
-    assert len(forwards) == 2 + 4
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert [module.training for module in model.modules()] == modes
-    for found in records.values():
-        assert len(found) == 2
-        assert all(record.grid == (3, WIDTH) for record in found)
-    assert packing.leak(model) < 1e-5
