@@ -135,7 +135,7 @@ def row_sums(records: Sequence[Routing]) -> Tensor:
     """
     p_STE = probabilities(torch.stack([record.scores for record in records]))
     # float64 models have scores of float64
-    valid_ST = torch.stack([record.valid_rows() for record in records]).to(p_STE.dtype)
+    valid_ST = _valid(records).to(p_STE.dtype)
     per_row_S3T = torch.stack([torch.ones_like(valid_ST), _entropy(p_STE), _margin(p_STE)], dim=1)
     sums = [
         _counts(records, valid_ST, num_experts=p_STE.shape[-1]),
@@ -150,8 +150,22 @@ def accumulator(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def _valid(records: Sequence[Routing]) -> Tensor:
+    """(S, T) float32: 1 for rows that count, 0 for padding."""
+    masks = [record.mask for record in records if record.mask is not None]
+    if len(masks) == len(records):
+        return torch.stack(masks).float()
+    if masks:
+        return torch.stack([record.valid_rows() for record in records])
+    scores_TE = records[0].scores
+    shape = (len(records), len(scores_TE))
+    return torch.ones(shape, dtype=torch.float32, device=scores_TE.device)
+
+
 def _counts(records: Sequence[Routing], valid_ST: Tensor, *, num_experts: int) -> Tensor:
-    acting_STK = torch.stack([record.selected & (record.gates != 0) for record in records])
+    # stacked first: the number of operations is that of one site
+    gates_STK = torch.stack([record.gates for record in records])
+    acting_STK = torch.stack([record.selected for record in records]) & (gates_STK != 0)
     index_STK = torch.stack([record.expert_index for record in records])
     # one dimension: the only form of scatter_add that is deterministic on a GPU
     first_S = torch.arange(len(records), device=index_STK.device) * num_experts

@@ -160,10 +160,13 @@ def test_statistics_accumulate_over_forwards_like_one_pooled_record():
 @pytest.mark.parametrize("limit", [1, 50, 10**9])
 def test_sites_are_summed_alike_whether_together_or_apart(limit, monkeypatch):
     monkeypatch.setattr(statistics, "STACKED_SCORES", limit)
-    masks = [None, torch.tensor([True, True, False, True])]
+    some = torch.tensor([True, True, False, True])
+    masks = {3: [None, some], 5: [some, ~some], 7: [None, None]}
     records = {
-        f"{experts}.{number}": [top_k_record(torch.randn(4, experts), 2, mask=masks[number % 2])]
-        for experts in (3, 5)
+        f"{experts}.{number}": [
+            top_k_record(torch.randn(4, experts), 2, mask=masks[experts][number % 2])
+        ]
+        for experts in masks
         for number in range(4)
     }
     running = RoutingStatistics()
