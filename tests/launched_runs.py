@@ -24,10 +24,11 @@ def write_run(folder: Path, base: Path, **sections: Any) -> Path:
     return tiny_runs.write_run(folder / "run.yaml", base, rows, MIXTURE, train=train, **sections)
 
 
-def start(*command: object, **variables: str) -> subprocess.Popen[str]:
+def start(*command: object, cwd: Path | None = None, **variables: str) -> subprocess.Popen[str]:
     """Start a program; its output is read by `end`."""
     return subprocess.Popen(
         [*map(str, command)],
+        cwd=cwd,
         env=environment(**variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
