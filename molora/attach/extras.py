@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from molora.attach.partition import check_whole, whole_shape
 from molora.config import MixtureConfig
-from molora.errors import AttachError
+from molora.errors import AttachError, CheckpointError
 
 
 class RowGradient:
@@ -49,7 +50,7 @@ class Extras:
         self._originals = {
             name: parameter.detach().clone()
             for name, parameter in (*self.parameters.items(), *self.row_parameters.items())
-            if not parameter.is_meta
+            if parameter.numel() and not parameter.is_meta
         }
         for parameter in self.trainable():
             parameter.requires_grad_(True)
@@ -82,10 +83,21 @@ class Extras:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Give all parameters back their values from before, bit-exact."""
-        for name, parameter in (*self.parameters.items(), *self.row_parameters.items()):
+        """Give all parameters back their values from before, bit-exact.
+
+        Raises:
+            CheckpointError: parameters that ZeRO-3 has divided, or had when they were declared.
+        """
+        named = {**self.parameters, **self.row_parameters}
+        check_whole(named.items())
+        for name, parameter in named.items():
             if name in self._originals:
                 parameter.copy_(self._originals[name])
+            elif not parameter.is_meta:
+                raise CheckpointError(
+                    f"{name} was divided by ZeRO-3 when the mixture was attached, so the values "
+                    "that it had are not kept. Load the base model again."
+                )
 
 
 def _module_parameters(
@@ -114,8 +126,7 @@ def _embedding_weights(
     weights = {id(e.weight): e.weight for e in embeddings if e is not None}
     for name, parameter in model.named_parameters():
         if id(parameter) in weights:
-            # under ZeRO-3 the parameter itself is empty
-            rows = getattr(parameter, "ds_shape", parameter.shape)[0]
+            rows = whole_shape(parameter)[0]
             if max(ids) >= rows:
                 raise AttachError(
                     f"train_tokens has id {max(ids)}, but {name} has {rows} rows. "

@@ -14,6 +14,7 @@ from molora.attach import parameters
 from molora.attach.build import Built, Surgery
 from molora.attach.extras import Extras
 from molora.attach.hooks import DeferredAux, ForwardHooks, Records
+from molora.attach.partition import check_whole
 from molora.attach.plan import Plan
 from molora.attach.side_inputs import SIDE_COLUMNS
 from molora.config import MixtureConfig
@@ -223,7 +224,12 @@ class Mixture:
         yield from self.extras.row_parameters.items()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`named_parameters`, but of token rows these alone, as `{name}.rows`; no other copies."""
+        """`named_parameters`, but of token rows these alone, as `{name}.rows`; no other copies.
+
+        Raises:
+            CheckpointError: parameters that ZeRO-3 has divided; see `molora.train.gather`.
+        """
+        check_whole(self.named_parameters())
         return {
             key: value
             for name, parameter in self.named_parameters()
@@ -235,7 +241,8 @@ class Mixture:
         """Copy values in, all or none.
 
         Raises:
-            CheckpointError: missing, unexpected or mis-shaped tensors, each named.
+            CheckpointError: missing, unexpected or mis-shaped tensors, each named; parameters that
+                ZeRO-3 has divided.
         """
         own = self.state_dict()
         check_names_and_shapes(
@@ -259,13 +266,14 @@ class Mixture:
 
         Raises:
             AttachError: it is off already.
+            CheckpointError: trained parts of the base are divided by ZeRO-3, or were when attached.
         """
         if not self._attached:
             raise AttachError(
                 "this mixture has been detached already. Attach a new one with molora.attach."
             )
-        self._surgery.undo()
         self.extras.restore()
+        self._surgery.undo()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._was_trainable[name])
         self._attached = False

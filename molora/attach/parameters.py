@@ -11,6 +11,7 @@ from torch import nn
 
 from molora.attach.build import Built
 from molora.attach.extras import Extras
+from molora.attach.partition import whole_shape
 from molora.config.base import unknown_name
 from molora.config.roles import Role
 from molora.errors import AttachError, ConfigError
@@ -128,17 +129,13 @@ def trainable(built: Built, extras: Extras) -> dict[str, list[nn.Parameter]]:
 def counts(built: Built, extras: Extras) -> dict[str, int]:
     """Number of trainable parameters by role; of token rows only those that change."""
     found = {
-        role: sum(math.prod(_shape(p)) for p in ps) for role, ps in trainable(built, extras).items()
+        role: sum(math.prod(whole_shape(p)) for p in ps)
+        for role, ps in trainable(built, extras).items()
     }
     for parameter in _trained([*extras.row_parameters.values()]):
-        rows, width = _shape(parameter)
+        rows, width = whole_shape(parameter)
         found["other"] -= (rows - len(extras.row_ids)) * width
     return found
-
-
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Its shape as a whole; under ZeRO-3 it has none of its own between its uses."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _trained(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
