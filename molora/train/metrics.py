@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from molora.io import atomic
@@ -28,8 +29,9 @@ class MetricsWriter(TrainerCallback):
 
     * Kind ``train``, a mean over the steps since the line before or of the last step alone:
 
-      - ``loss``, ``learning_rate``; ``aux_loss``, the weighted auxiliary losses, a part of
-        ``loss``; ``aux/NAME``, each term before its coefficient;
+      - ``loss``, ``learning_rate`` (of the first group of parameters; of each as
+        ``learning_rate/NAME`` where they differ); ``aux_loss``, the weighted auxiliary losses, a
+        part of ``loss``; ``aux/NAME``, each term before its coefficient;
       - ``load_min``, ``load_max``, ``dead_experts``: least and greatest load of any expert of any
         site (its share of the choices, times E), and the number of experts without any;
       - ``routing_entropy`` and ``routing_margin``, means over the sites, and ``rank_agreement``,
@@ -39,12 +41,13 @@ class MetricsWriter(TrainerCallback):
       - ``tokens`` (not padding, since the start), ``tokens_per_second``, ``mfu`` (see
         `TokenFlops`; where the GPU's peak is known), ``memory_mib`` (most of any rank),
         ``eta_seconds``;
-      - ``entropy`` and ``mean_token_accuracy``: TRL's, of the predictions.
+      - ``entropy`` and ``mean_token_accuracy``: TRL's, of the predictions; in preference training
+        also its ``rewards/…``, ``logps/…`` and ``logits/…``, of the chosen and rejected answers.
 
     * Kind ``routing``: ``sites``, site → `site_numbers`, in five digits.
     * Kind ``alarm``: ``site``, ``event`` (dead, collapsed, recovered), ``experts``, ``steps``,
       ``message``; see `RoutingAlarms`.
-    * Kind ``eval``: ``eval_loss``.
+    * Kind ``eval``: ``eval_loss``, and TRL's numbers with the same prefix.
 
     A number that is not finite is written as null. A new run starts the file anew; a resumed one
     goes on after the lines up to its checkpoint.
@@ -97,6 +100,14 @@ def kind_of(logs: Mapping[str, Any]) -> str | None:
     if "loss" in logs:
         return "train"
     return "eval" if any(name.startswith("eval_") for name in logs) else None
+
+
+def group_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """``learning_rate/NAME`` of every group of parameters, unless all learn at the same rate."""
+    groups = [group for group in optimizer.param_groups if "name" in group]
+    if len({group.get("initial_lr", group["lr"]) for group in groups}) < 2:
+        return {}
+    return {f"learning_rate/{group['name']}": float(group["lr"]) for group in groups}
 
 
 def measured(logs: Mapping[str, Any]) -> dict[str, Any]:

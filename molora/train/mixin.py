@@ -20,6 +20,7 @@ from molora.train import checkpoints, refusals, run_state, trackers
 from molora.train.checkpointing import MixtureCheckpointing
 from molora.train.gather import gathered, gathered_state
 from molora.train.guard import Guard, Interruption, RunCallback, after
+from molora.train.metrics import group_rates
 from molora.train.observation import DEAD_STEPS, Observation
 
 if TYPE_CHECKING:
@@ -336,7 +337,7 @@ class MixtureTrainerMixin(_Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add what the routers did since the last line to the logs of training."""
         if "loss" in logs:
-            logs.update(self._observed(logs))
+            logs.update(self._observed(logs) | group_rates(self.optimizer))
         elif "train_loss" in logs:
             # the summary of a run whose last steps came after the last line
             self._observed(logs)

@@ -260,9 +260,21 @@ def test_rates_of_a_file_reach_the_optimiser(
         "experts.B": (4e-3, 0.2),
         "router": (1e-3, 0.3),
     }
-    path = run_file(MOLA, train={**settings, "router_learning_rate": 1e-4, "max_steps": 1})
-    train(molora.load_config(path), progress=False)
+    path = run_file(MOLA, train={**settings, "router_learning_rate": 1e-4, "logging_steps": 1})
+    result = train(molora.load_config(path), progress=False)
     assert {g["name"]: g["initial_lr"] for g in kept[-1].param_groups}["router"] == 1e-4
+    # each group's is logged by its name, where they differ
+    line = lines(result.output_dir / "metrics.jsonl", "train")[-1]
+    logged = {name: rate for name, rate in line.items() if name.startswith("learning_rate/")}
+    assert logged == {
+        "learning_rate/experts.A": 1e-3,
+        "learning_rate/experts.B": 4e-3,
+        "learning_rate/router": 1e-4,
+    }
+    result = train(molora.load_config(run_file(MOLA)), progress=False)
+    assert not any(
+        "learning_rate/" in name for name in lines(result.output_dir / "metrics.jsonl", "train")[-1]
+    )
 
 
 def test_a_second_stage_from_files_trains_routers_alone(
