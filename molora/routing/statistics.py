@@ -111,18 +111,20 @@ class Sums:
 
     def __init__(self, sums_N: Tensor) -> None:
         num_experts = (sums_N.numel() - 3) // 2
-        self.counts, self.mass, rest = sums_N.split([num_experts, num_experts, 3])
-        self.rows = rest[0]
-        self.entropy, self.margin = rest[1:] / self.rows.clamp_min(1)
+        self.counts, self.mass, self._rest = sums_N.split([num_experts, num_experts, 3])
+        self.rows = self._rest[0]
+
+    @property
+    def entropy(self) -> Tensor:
+        return self._rest[1] / self.rows.clamp_min(1)
+
+    @property
+    def margin(self) -> Tensor:
+        return self._rest[2] / self.rows.clamp_min(1)
 
     @property
     def num_experts(self) -> int:
         return self.counts.numel()
-
-    @property
-    def every_expert_acts(self) -> bool:
-        """Whether all experts act on all rows, or nearly; reads the values."""
-        return bool(self.counts.sum() > (self.num_experts - 0.5) * self.rows)
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from molora.errors import CheckpointError
-from molora.routing.statistics import Sums
 
 COLLAPSED_SHARE = 0.95
 """A site has collapsed when its busiest experts have this share of what they could have at most."""
@@ -31,27 +30,30 @@ class Alarm:
 
 @dataclass
 class _Site:
-    """What is remembered of one site; counts are over all ranks."""
+    """What is remembered of one site, over all ranks; numbers, since tensors so small are slow."""
 
-    idle: Tensor
+    idle: list[float]
     """(E,) steps without a row."""
-    reported: Tensor
+    reported: list[float]
     """(E,) 1 if that was said."""
-    streak: Tensor
+    streak: list[float]
     """(2E + 3,) sums since the site looked collapsed."""
-    collapsed: Tensor
+    collapsed: list[float]
     """(2,) steps that it looked so, and 1 if that was said."""
 
     @classmethod
     def new(cls, num_experts: int) -> _Site:
-        return cls(*(torch.zeros(n, dtype=torch.float64) for n in cls.sizes(num_experts)))
+        return cls.of([0.0] * (4 * num_experts + 5))
 
-    @staticmethod
-    def sizes(num_experts: int) -> list[int]:
-        return [num_experts, num_experts, 2 * num_experts + 3, 2]
+    @classmethod
+    def of(cls, numbers: list[float]) -> _Site:
+        number = (len(numbers) - 5) // 4
+        return cls(
+            numbers[:number], numbers[number : 2 * number], numbers[2 * number : -2], numbers[-2:]
+        )
 
-    def parts(self) -> list[Tensor]:
-        return [self.idle, self.reported, self.streak, self.collapsed]
+    def numbers(self) -> list[float]:
+        return [*self.idle, *self.reported, *self.streak, *self.collapsed]
 
 
 class RoutingAlarms:
@@ -86,30 +88,29 @@ class RoutingAlarms:
             return []
         alarms: list[Alarm] = []
         for name, site in self._sites.items():
-            if name in sums and float(Sums(sums[name]).rows) > 0:
-                alarms += self._collapsed(name, site, sums[name], step=step, steps=steps)
-                alarms += self._dead(name, site, sums[name], step=step, steps=steps)
+            window = sums[name].tolist() if name in sums else None
+            if window is not None and _Window(window).rows > 0:
+                alarms += self._collapsed(name, site, window, step=step, steps=steps)
+                alarms += self._dead(name, site, window, step=step, steps=steps)
         return alarms
 
     def _collapsed(
-        self, name: str, site: _Site, sums_N: Tensor, *, step: int, steps: int
+        self, name: str, site: _Site, window: list[float], *, step: int, steps: int
     ) -> list[Alarm]:
         assert self.steps is not None
-        since_N = site.streak + sums_N
-        if min(concentration(sums_N)[0], concentration(since_N)[0]) < COLLAPSED_SHARE:
+        since = [old + new for old, new in zip(site.streak, window, strict=True)]
+        share, experts = concentration(since)
+        if min(concentration(window)[0], share) < COLLAPSED_SHARE:
             lasted, reported = int(site.collapsed[0]), bool(site.collapsed[1])
-            site.streak.zero_()
-            site.collapsed.zero_()
+            site.streak, site.collapsed = [0.0] * len(window), [0.0, 0.0]
             message = f"{name}: choices depend on the token again, after {lasted} steps of collapse"
             return [Alarm(step, name, "recovered", (), lasted, message)] if reported else []
-        site.streak.copy_(since_N)
-        site.collapsed[0] += steps
-        lasted = int(site.collapsed[0])
-        if bool(site.collapsed[1]) or lasted < self.steps:
+        lasted, reported = int(site.collapsed[0]) + steps, bool(site.collapsed[1])
+        is_new = not reported and lasted >= self.steps
+        site.streak, site.collapsed = since, [lasted, float(reported or is_new)]
+        if not is_new:
             return []
-        site.collapsed[1] = 1
-        share, experts = concentration(since_N)
-        what = "scores" if Sums(since_N).every_expert_acts else "choices"
+        what = "scores" if _Window(since).every_expert_acts else "choices"
         message = (
             f"{name}: collapsed, {_experts(experts)} took {share:.0%} of the {what} for "
             f"{lasted} steps"
@@ -117,21 +118,26 @@ class RoutingAlarms:
         return [Alarm(step, name, "collapsed", experts, lasted, message)]
 
     def _dead(
-        self, name: str, site: _Site, sums_N: Tensor, *, step: int, steps: int
+        self, name: str, site: _Site, window: list[float], *, step: int, steps: int
     ) -> list[Alarm]:
-        alive_E = Sums(sums_N).counts > 0
-        lasted = int((site.idle * site.reported * alive_E).max())
-        back = _numbers(site.reported.bool() & alive_E)
-        site.idle.add_(steps).masked_fill_(alive_E, 0)
-        site.reported.masked_fill_(alive_E, 0)
-        new_E = (site.idle >= (self.steps or 0)) & ~site.reported.bool()
-        alarms = []
+        assert self.steps is not None
+        alarms, counts = [], _Window(window).counts
+        back = tuple(e for e, count in enumerate(counts) if count and site.reported[e])
         if back:
+            lasted = int(max(site.idle[e] for e in back))
             message = f"{name}: {_experts(back)} got tokens again, after {lasted} steps without"
             alarms.append(Alarm(step, name, "recovered", back, lasted, message))
-        if bool(new_E.any()):
-            site.reported.masked_fill_(new_E, 1)
-            dead, lasted = _numbers(new_E), int(site.idle[new_E].min())
+        site.idle = [
+            0.0 if count else idle + steps for count, idle in zip(counts, site.idle, strict=True)
+        ]
+        site.reported = [
+            float(idle and told) for idle, told in zip(site.idle, site.reported, strict=True)
+        ]
+        idle = enumerate(zip(site.idle, site.reported, strict=True))
+        dead = tuple(e for e, (lasted, told) in idle if lasted >= self.steps and not told)
+        if dead:
+            site.reported = [float(told or e in dead) for e, told in enumerate(site.reported)]
+            lasted = int(min(site.idle[e] for e in dead))
             message = f"{name}: {_experts(dead)} got no token for {lasted} steps"
             alarms.append(Alarm(step, name, "dead", dead, lasted, message))
         return alarms
@@ -140,8 +146,8 @@ class RoutingAlarms:
 
     def state(self) -> Tensor:
         """Everything that is remembered, as one float64 vector; equal on all ranks."""
-        parts = [part for site in self._sites.values() for part in site.parts()]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+        numbers = [number for site in self._sites.values() for number in site.numbers()]
+        return torch.tensor(numbers, dtype=torch.float64)
 
     def load(self, state: Tensor) -> None:
         """Go on from what `state` returned.
@@ -149,34 +155,43 @@ class RoutingAlarms:
         Raises:
             CheckpointError: it is of a mixture of other sites or experts.
         """
-        sizes = [part.numel() for site in self._sites.values() for part in site.parts()]
-        if state.numel() != sum(sizes):
+        sizes = {name: len(site.numbers()) for name, site in self._sites.items()}
+        if state.numel() != sum(sizes.values()):
             raise CheckpointError(
                 f"the alarms in the checkpoint have {state.numel()} numbers, but this mixture has "
-                f"{sum(sizes)}: it has other sites or experts. Resume with the same mixture."
+                f"{sum(sizes.values())}: it has other sites or experts. Resume with the same "
+                "mixture."
             )
-        values = iter(state.split(sizes))
-        for site in self._sites.values():
-            for part in site.parts():
-                part.copy_(next(values))
+        numbers = iter(state.tolist())
+        for name, size in sizes.items():
+            self._sites[name] = _Site.of([next(numbers) for _ in range(size)])
 
 
-def concentration(sums_N: Tensor) -> tuple[float, tuple[int, ...]]:
+class _Window:
+    """Names for the parts of a site's sums as numbers, see `row_sums`."""
+
+    def __init__(self, sums: list[float]) -> None:
+        number = (len(sums) - 3) // 2
+        self.counts, self.mass = sums[:number], sums[number : 2 * number]
+        self.rows = sums[2 * number]
+        self.choices = sum(self.counts)
+
+    @property
+    def every_expert_acts(self) -> bool:
+        """Whether all experts act on all rows, or nearly."""
+        return self.choices > (len(self.counts) - 0.5) * self.rows
+
+
+def concentration(sums: list[float]) -> tuple[float, tuple[int, ...]]:
     """How much the busiest experts have of what they could have, and which these are."""
-    sums = Sums(sums_N)
-    if sums.every_expert_acts:
-        share, expert = (sums.mass / sums.mass.sum()).max(dim=0)
-        return float(share), (int(expert),)
-    choices, rows = float(sums.counts.sum()), float(sums.rows)
-    k = max(1, round(choices / max(rows, 1)))
-    busiest = sums.counts.topk(k)
-    return float(busiest.values.sum()) / max(1.0, min(choices, k * rows)), tuple(
-        sorted(busiest.indices.tolist())
-    )
-
-
-def _numbers(chosen_E: Tensor) -> tuple[int, ...]:
-    return tuple(chosen_E.nonzero().flatten().tolist())
+    window = _Window(sums)
+    if window.every_expert_acts:
+        share = max(window.mass) / sum(window.mass)
+        return share, (window.mass.index(max(window.mass)),)
+    k = max(1, round(window.choices / max(window.rows, 1)))
+    busiest = sorted(range(len(window.counts)), key=lambda e: -window.counts[e])[:k]
+    attainable = max(1.0, min(window.choices, k * window.rows))
+    return sum(window.counts[e] for e in busiest) / attainable, tuple(sorted(busiest))
 
 
 def _experts(numbers: Sequence[int]) -> str:

@@ -151,7 +151,7 @@ def test_one_row_a_window_is_judged_by_all_windows() -> None:
 def test_concentration_is_the_share_of_what_the_busiest_can_have(
     counts: list[float], rows: float, share: float, experts: tuple[int, ...]
 ) -> None:
-    found, busiest = concentration(window(counts, rows=rows))
+    found, busiest = concentration(window(counts, rows=rows).tolist())
     assert found == pytest.approx(share)
     assert busiest == experts or share == 0
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from host_reads import Host, HostReads
+from host_reads import HostReads
 from tiny_models import tiny
 from tiny_trainers import mixture_on, sft
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ import molora
 from molora.config import LoadBalance, Loss, RouterZ, TopK
 from molora.routing.statistics import RoutingStatistics
 from molora.train import SFTTrainer
-from molora.train.observation import Observation
 from molora.train.summary import Report
 
 QUERY = "model.layers.1.self_attn.q_proj"
@@ -240,19 +239,10 @@ def test_a_line_of_metrics_waits_for_the_device_once(
     observation.add_micro_batch = between.counting(observation.add_micro_batch)
     observation.measure_gradients = between.counting(observation.measure_gradients)
     observation.read = reading.counting(observation.read)
-    observation.reset = lambda: with_alarms_on_the_host(observation)
     assert len(reports_of(trainer)) == 2
     assert (between.copies, between.reads) == (0, [])
     # and once more for the tokens of the summary
     assert (reading.copies, reading.reads) == (3, [])
-
-
-def with_alarms_on_the_host(observation: Observation) -> None:
-    """What alarms remember never was on the device."""
-    Observation.reset(observation)
-    for site in observation._alarms._sites.values():
-        for name, tensor in list(vars(site).items()):
-            setattr(site, name, tensor.as_subclass(Host))
 
 
 def test_waits_would_be_noticed() -> None:
