@@ -66,11 +66,6 @@ class DPOTrainer(MixtureTrainerMixin, trl.DPOTrainer):
         self.aux_losses = aux_losses
         # TRL loads a model as the reference unless it is given one; `ref_model` drops this
         super().__init__(model, args, mixture=mixture, **{**keywords, "ref_model": object()})
-        if self.is_deepspeed_enabled and self.args.precompute_ref_log_probs:
-            raise ConfigError(
-                "precompute_ref_log_probs=True: TRL would put the model into an engine of its own "
-                "before DeepSpeed's. Leave it out: the reference costs one forward a batch."
-            )
         if self.args.disable_dropout:
             # TRL turns off modules of dropout alone
             for bank in mixture.built.banks.values():
@@ -157,6 +152,12 @@ def _check_reference(args: Any, keywords: Mapping[str, Any], mixture: Mixture) -
     }.items():
         if getattr(args, name, None) not in (None, False):
             raise ConfigError(f"{name}={getattr(args, name)!r}: {reason} Leave it out.")
+    engine = getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None)
+    if engine and args.precompute_ref_log_probs:
+        raise ConfigError(
+            "precompute_ref_log_probs=True: TRL would put the model into an engine of its own "
+            "before DeepSpeed's. Leave it out: the reference costs one forward a batch."
+        )
     if any(parameter.requires_grad for parameter in mixture.extras.trainable()):
         raise ConfigError(
             "train_modules and train_tokens are trained in the base itself, so the reference would "

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from chat_models import save_chat_model
 from datasets import Dataset
 from preference_trainers import CAPACITY, FFN, logged, mixture_on, pairs, trainer_on
@@ -161,6 +162,14 @@ def test_settings_that_cannot_be_combined_are_refused(
 ) -> None:
     with pytest.raises(molora.ConfigError, match=message):
         trainer_on(mixture_on(), tmp_path, **options)
+
+
+def test_references_beforehand_and_an_engine_are_refused(tmp_path: Path) -> None:
+    mixture = mixture_on()
+    arguments = trl.DPOConfig(str(tmp_path), precompute_ref_log_probs=True, bf16=False)
+    arguments.deepspeed = "zero2.json"
+    with pytest.raises(molora.ConfigError, match="into an engine of its own"):
+        DPOTrainer(mixture.model, arguments, mixture=mixture, train_dataset=pairs())
 
 
 def test_losses_that_do_not_exist_cannot_be_asked_for(tmp_path: Path) -> None:

@@ -307,6 +307,7 @@ def test_a_second_stage_from_files_trains_routers_alone(
         ({"lora_plus_ratio": 0}, molora.ConfigError, r"train\.lora_plus_ratio: .*greater than 0"),
         ({"router_weight_decay": -1}, molora.ConfigError, r"train\.router_weight_decay"),
         ({"freeze": ["other"]}, molora.AttachError, "nothing of it to freeze"),
+        ({"freeze": ["B"]}, molora.AttachError, r"B is frozen while it is zero.*train\.start_from"),
         ({"freeze": ["experts", "router"]}, molora.AttachError, "every role .* is frozen"),
         ({"start_from": "nowhere"}, molora.CheckpointError, "nowhere is not a directory"),
     ],
