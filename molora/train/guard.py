@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from molora.attach.side_inputs import SIDE_COLUMNS
 from molora.errors import TrainingError
+from molora.train.gradients import own_gradient
 
 
 class Guard:
@@ -35,17 +36,11 @@ class Guard:
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], device: torch.device
     ) -> None:
         self.model = model
-        self.names = list(parameters)
+        self.parameters = dict(parameters)
         self.stop = 0
         """The signal on which all ranks stop after this step; 0 for none."""
         self._device = device
-        # a sum is not finite if one of its terms is not: one number per parameter is enough
-        self._sums = torch.zeros(len(self.names), device=device)
         self._batches: list[tuple[Tensor, dict[str, Any]]] = []
-        self._hooks = [
-            parameter.register_hook(partial(self._add_gradient, index))
-            for index, parameter in enumerate(parameters.values())
-        ]
 
     def add_loss(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
         """Remember the loss of a micro-batch until the next `check`."""
@@ -61,32 +56,36 @@ class Guard:
         Raises:
             TrainingError: on all ranks, if a number of any is not finite; nothing was updated.
         """
-        losses = torch.stack([loss for loss, _ in self._batches] or [self._sums.sum() * 0])
-        finite = torch.isfinite(losses.to(self._device)).all() & torch.isfinite(self._sums).all()
+        losses = [loss.to(self._device) for loss, _ in self._batches]
+        norms = list(self._gradient_norms().values())
+        finite = torch.isfinite(torch.stack([torch.zeros_like(losses[0]), *losses, *norms])).all()
         flags = torch.stack([(~finite).int(), torch.tensor(asked, device=self._device).int()])
         if dist.is_initialized():
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         faulty, self.stop = flags.tolist()
         if faulty:
             found = gather_object([self._findings()])
+            ranks = {finding: [r for r, f in enumerate(found) if f == finding] for finding in found}
             told = [
-                f"rank {rank}: {finding}" if len(found) > 1 else finding
-                for rank, finding in enumerate(found)
+                finding if len(ranks) == 1 else f"rank {', '.join(map(str, where))}: {finding}"
+                for finding, where in ranks.items()
                 if finding
             ]
             raise TrainingError(f"step {step}: {'; '.join(told)}.")
-        self._sums.zero_()
         self._batches.clear()
 
     def close(self) -> None:
-        """Take the hooks off."""
-        for hook in self._hooks:
-            hook.remove()
+        """Let go of the last batches."""
         self._batches.clear()
 
-    @torch.no_grad()
-    def _add_gradient(self, index: int, gradient: Tensor) -> None:
-        self._sums[index] += gradient.sum(dtype=torch.float32)
+    def _gradient_norms(self) -> dict[str, Tensor]:
+        """By parameter, of the averaged gradient, or of this rank's share of it."""
+        gradients = {name: own_gradient(p) for name, p in self.parameters.items()}
+        held = {name: g for name, g in gradients.items() if g is not None}
+        if not held:
+            return {}
+        norms = torch._foreach_norm(list(held.values()), dtype=torch.float32)
+        return dict(zip(held, (norm.to(self._device) for norm in norms), strict=True))
 
     def _findings(self) -> str:
         """What is not finite here, in words; all ranks run the same forwards."""
@@ -95,8 +94,8 @@ class Guard:
         parts = [f"the loss is {bad[0]}"] if bad else []
         places = [first_fault(self.model, inputs) for _, inputs in self._batches]
         parts += [f"first at {place}" for place in [p for p in places if p][:1]]
-        finite = torch.isfinite(self._sums).tolist()
-        names = [name for name, ok in zip(self.names, finite, strict=True) if not ok]
+        norms = self._gradient_norms()
+        names = [name for name, norm in norms.items() if not torch.isfinite(norm)]
         if names and not bad:
             shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
             parts.append(f"the gradient of {shown} is not finite")
