@@ -13,10 +13,10 @@ from torch import Tensor
 
 from molora.attach import Mixture
 from molora.attach.saving import base_fingerprint, save_mixture
-from molora.attach.side_inputs import SIDE_COLUMNS
+from molora.attach.side_inputs import SIDE_COLUMNS, ArgumentReader
 from molora.errors import ConfigError, TrainingError
 from molora.io import Checkpoint, newest_complete
-from molora.train import checkpoints, refusals, run_state, trackers
+from molora.train import checkpoints, evaluation, refusals, run_state, trackers
 from molora.train.checkpointing import MixtureCheckpointing
 from molora.train.gather import gathered, gathered_state
 from molora.train.guard import Guard, Interruption, RunCallback, after
@@ -93,6 +93,8 @@ class MixtureTrainerMixin(_Trainer):
         self.observation = Observation(mixture, dead_steps=dead_steps)
         self.base = base_fingerprint(mixture, gather=gathered)
         self._guard: Guard | None = None
+        self._arguments = ArgumentReader(model)
+        self._token_mean = evaluation.TokenMean()
         self._resumed: Checkpoint | None = None
         super().__init__(model, args=args, **keywords)
         if self.args.n_gpu > 1:
@@ -235,9 +237,14 @@ class MixtureTrainerMixin(_Trainer):
             "rows of this step, or compute in a wider dtype, and resume from it."
         )
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        # the last call before the optimiser steps, engines excepted
+    # of the two the first that is called; clipping would spread what is not finite to all tensors
+    def _clip_grad_norm(self, model: Any) -> Any:
         if not self.is_deepspeed_enabled:
+            self._check_step()
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None and not self.is_deepspeed_enabled:
             self._check_step()
         return super()._get_grad_norm(model, grad_norm)
 
@@ -252,7 +259,7 @@ class MixtureTrainerMixin(_Trainer):
     ) -> Any:
         """The Trainer's loss plus the weighted auxiliary losses, scaled alike."""
         if not self.model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self._evaluation_loss(model, inputs, return_outputs)
         with self.mixture.deferred_aux() as deferred, self.observation.watching():
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
@@ -274,6 +281,25 @@ class MixtureTrainerMixin(_Trainer):
         if self._guard is not None:
             self._guard.add_loss(loss, inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _evaluation_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        found = evaluation.counted(inputs, self._arguments, accelerator=self.accelerator)
+        if found is None:
+            return super().compute_loss(model, inputs, return_outputs)
+        inputs, count = found
+        # without num_items_in_batch: the mean over this batch
+        result = super().compute_loss(model, inputs, return_outputs)
+        self._token_mean.add(result[0] if return_outputs else result, count)
+        return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; the loss is a mean over all supervised tokens."""
+        self._token_mean = evaluation.TokenMean()
+        output = super().evaluation_loop(*args, **kwargs)
+        mean = self._token_mean.mean(self.accelerator)
+        if mean is not None:
+            output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = mean
+        return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; auxiliary losses and side columns take no part."""
@@ -309,6 +335,7 @@ class MixtureTrainerMixin(_Trainer):
             self.optimizer = cls(groups, **options)
         refusals.check_trained_set(self.mixture, self.optimizer)
         refusals.check_can_learn(self.mixture)
+        refusals.check_one_dtype(self.mixture, checkpoints.stage(self))
         return self.optimizer
 
     # ------------------------------------------------------------------ files
