@@ -47,7 +47,8 @@ class MetricsWriter(TrainerCallback):
     * Kind ``routing``: ``sites``, site → `site_numbers`, in five digits.
     * Kind ``alarm``: ``site``, ``event`` (dead, collapsed, recovered), ``experts``, ``steps``,
       ``message``; see `RoutingAlarms`.
-    * Kind ``eval``: ``eval_loss``, and TRL's numbers with the same prefix.
+    * Kind ``eval``: ``eval_loss``, a mean over the supervised tokens of all rows, and TRL's numbers
+      with the same prefix.
 
     A number that is not finite is written as null. A new run starts the file anew; a resumed one
     goes on after the lines up to its checkpoint.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from pathlib import Path
@@ -14,14 +13,14 @@ from torch import Tensor
 from molora.attach import Mixture
 from molora.attach.saving import base_fingerprint, save_mixture
 from molora.attach.side_inputs import SIDE_COLUMNS, ArgumentReader
-from molora.errors import ConfigError, TrainingError
-from molora.io import Checkpoint, newest_complete
-from molora.train import checkpoints, evaluation, refusals, run_state, trackers
+from molora.errors import ConfigError
+from molora.train import checkpoints, evaluation, refusals, trackers
 from molora.train.checkpointing import MixtureCheckpointing
 from molora.train.gather import gathered, gathered_state
-from molora.train.guard import Guard, Interruption, RunCallback, after
+from molora.train.guard import RunCallback
 from molora.train.metrics import group_rates
 from molora.train.observation import DEAD_STEPS, Observation
+from molora.train.session import Session
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -66,6 +65,7 @@ class MixtureTrainerMixin(_Trainer):
     optimizer: Any
     data_collator: Any
     _signature_columns: Any
+    _session: Session
 
     def __init__(
         self,
@@ -92,10 +92,8 @@ class MixtureTrainerMixin(_Trainer):
         }
         self.observation = Observation(mixture, dead_steps=dead_steps)
         self.base = base_fingerprint(mixture, gather=gathered)
-        self._guard: Guard | None = None
         self._arguments = ArgumentReader(model)
         self._token_mean = evaluation.TokenMean()
-        self._resumed: Checkpoint | None = None
         super().__init__(model, args=args, **keywords)
         if self.args.n_gpu > 1:
             raise ConfigError(
@@ -110,7 +108,9 @@ class MixtureTrainerMixin(_Trainer):
             )
         self.add_callback(MixtureCheckpointing())
         self.add_callback(
-            RunCallback(resume=self._restore_progress, is_stopping=lambda: self._stopping)
+            RunCallback(
+                begin=lambda: self._session.begin(), is_stopping=lambda: self._session.stopping
+            )
         )
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -129,26 +129,15 @@ class MixtureTrainerMixin(_Trainer):
             KeyboardInterrupt: after Ctrl-C; SystemExit after SIGTERM.
         """
         self.observation.reset()
-        self._resumed = checkpoints.find(
-            resume_from_checkpoint, Path(self.args.output_dir), self.tell
-        )
-        path = None
-        if self._resumed is not None:
-            saved = checkpoints.read_run_state(self._resumed)["settings"]
-            where = str(self._resumed.directory)
-            run_state.check_settings(saved, run_state.settings(self), where=where)
-            path = where
-        with Interruption(self.tell) as self._interruption:
+        self._session = session = Session(self, resume_from_checkpoint)
+        resumed = session.resumed
+        with session.interruption:
             try:
+                path = None if resumed is None else str(resumed.directory)
                 result = super().train(path, *args, **kwargs)
             finally:
-                if self._guard is not None:
-                    self._guard.close()
-        if number := self._stopping:
-            self.tell(f"stopped after step {self.state.global_step}; its checkpoint is complete")
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
-            raise SystemExit(128 + number)
+                session.close()
+        session.finish()
         return result
 
     def tell(self, sentence: str) -> None:
@@ -174,13 +163,7 @@ class MixtureTrainerMixin(_Trainer):
     ) -> Any:
         # without the checkpoint: the Trainer's files of it would run code when they are read
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        self._guard = Guard(self.model, checkpoints.trained(self), self.args.device)
-        if self.is_deepspeed_enabled:
-            # an engine steps at the end of its backward pass, and clips by itself
-            engine = self.deepspeed
-            engine.step = after(self._check_step, engine.step)
-        if self._resumed is not None:
-            checkpoints.restore(self, self._resumed)
+        self._session.prepare()
         return prepared
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -192,60 +175,24 @@ class MixtureTrainerMixin(_Trainer):
         """Nothing: `_prepare_for_training` loads it, with or without an engine."""
 
     def _load_rng_state(self, checkpoint: Any) -> None:
-        if self._resumed is not None:
-            run_state.write_rng(self, self._resumed.tensors())
-
-    def _restore_progress(self) -> None:
-        if self._resumed is not None:
-            checkpoints.restore_progress(self, self._resumed)
-
-    @property
-    def _stopping(self) -> int:
-        """The signal on which the run ends, or 0."""
-        return 0 if self._guard is None else self._guard.stop
+        self._session.restore_rng()
 
     def _load_best_model(self) -> None:
-        if self._stopping:
+        if self._session.stopping:
             return
         directory = Path(self.state.best_model_checkpoint)
         self.tell(f"taking the weights of {directory.name}, the best by {self.state.best_metric}")
         checkpoints.load_mixture(self.mixture, directory)
 
-    # ------------------------------------------------------------------ faults and signals
-
-    def _check_step(self) -> None:
-        assert self._guard is not None
-        if self._is_logged(self.state.global_step + 1):
-            self.observation.measure_gradients(
-                step=self.state.global_step + 1, device=self.args.device
-            )
-        try:
-            self._guard.check(step=self.state.global_step + 1, asked=self._interruption.signal)
-        except TrainingError as error:
-            raise TrainingError(f"{error} {self._after_fault()}") from None
-
-    def _is_logged(self, step: int) -> bool:
-        if self.args.logging_strategy != "steps" or (step == 1 and self.args.logging_first_step):
-            return True
-        return step % self.state.logging_steps == 0
-
-    def _after_fault(self) -> str:
-        found, _ = newest_complete(Path(self.args.output_dir))
-        kept = f"{found.directory} is the last complete checkpoint" if found else "none was saved"
-        return (
-            f"No weight was changed by this step; {kept}. Lower the learning rate, look at the "
-            "rows of this step, or compute in a wider dtype, and resume from it."
-        )
-
     # of the two the first that is called; clipping would spread what is not finite to all tensors
     def _clip_grad_norm(self, model: Any) -> Any:
         if not self.is_deepspeed_enabled:
-            self._check_step()
+            self._session.check_step()
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if grad_norm is None and not self.is_deepspeed_enabled:
-            self._check_step()
+            self._session.check_step()
         return super()._get_grad_norm(model, grad_norm)
 
     # ------------------------------------------------------------------ loss
@@ -278,8 +225,8 @@ class MixtureTrainerMixin(_Trainer):
             scale=processes / (steps * self.accelerator.num_processes),
             device=loss.device,
         )
-        if self._guard is not None:
-            self._guard.add_loss(loss, inputs)
+        if self._session.guard is not None:
+            self._session.guard.add_loss(loss, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def _evaluation_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
@@ -368,7 +315,7 @@ class MixtureTrainerMixin(_Trainer):
         elif "train_loss" in logs:
             # the summary of a run whose last steps came after the last line
             self._observed(logs)
-            if self._resumed is not None:
+            if self._session.resumed is not None:
                 # all steps over the time since the resumption: not a speed
                 logs.pop("train_samples_per_second", None)
                 logs.pop("train_steps_per_second", None)
@@ -384,6 +331,9 @@ class MixtureTrainerMixin(_Trainer):
             grad_norm=logs.get("grad_norm"),
         )
         found = dict(self._report.totals)
+        # DeepSpeed without ZeRO has no norm to tell
+        if logs.get("grad_norm") is None and self._report.grad_norm is not None:
+            found["grad_norm"] = self._report.grad_norm
         # on a base that is itself a mixture of experts TRL logs the base's as "aux_loss"
         if getattr(self, "aux_loss_enabled", False) and "aux_loss" in found:
             found["molora_aux_loss"] = found.pop("aux_loss")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -134,6 +135,7 @@ class Observation:
             },
             sites,
             tuple(self._alarms.update(sums.sites, step=step, steps=steps)),
+            math.hypot(*norms.roles.values()) if norms.roles else None,
         )
 
     def publish(self, report: Report) -> None:

@@ -26,6 +26,8 @@ class Report:
     """Site → its numbers, see `site_numbers`."""
     alarms: tuple[Alarm, ...] = ()
     """Raised by this window."""
+    grad_norm: float | None = None
+    """Of all roles together, where the gradients of the last step were measured."""
 
 
 def site_numbers(

@@ -1,6 +1,6 @@
 """On every rank: what a run on several ranks says of itself, under DDP and every ZeRO stage.
 
-seeing_ranks.py OUT.json DIRECTORY STAGE…      stages: none, 1, 2, 3, 2-offload, 3-offload
+seeing_ranks.py OUT.json DIRECTORY STAGE…      stages: none, 0, 1, 2, 3, 2-offload, 3-offload
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 from launches import launch
 from seeing import reports_of, trainer_in
 
-STAGES = ["none", "1", "2", "3", "2-offload", "3-offload"]
+STAGES = ["none", "0", "1", "2", "3", "2-offload", "3-offload"]
 # rounding of sums in another order, after three steps
 CLOSE = 1e-4
 
