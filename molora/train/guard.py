@@ -172,16 +172,16 @@ class RunCallback(TrainerCallback):
     """What the Trainer's loop has to do at two moments.
 
     Args:
-        resume: called when the loop has set its sums to zero.
+        begin: called when the loop has set its sums to zero.
         is_stopping: whether to save and stop, asked after every optimiser step.
     """
 
-    def __init__(self, *, resume: Callable[[], None], is_stopping: Callable[[], int]) -> None:
-        self._resume = resume
+    def __init__(self, *, begin: Callable[[], None], is_stopping: Callable[[], int]) -> None:
+        self._begin = begin
         self._is_stopping = is_stopping
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._resume()
+        self._begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._is_stopping():
