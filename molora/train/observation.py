@@ -142,7 +142,7 @@ class Observation:
         """Give a report to the listeners, and say its alarms in words; on one rank."""
         shown = [alarm.message for alarm in report.alarms[:SHOWN_ALARMS]]
         if more := len(report.alarms) - len(shown):
-            shown.append(f"and {more} more alarms, which metrics.jsonl has")
+            shown.append(f"and {more} more alarms, of other sites")
         for message in shown:
             _logger.warning("step %d: %s", report.step, message)
         for listener in self.listeners:

@@ -198,7 +198,7 @@ def test_a_collapsed_router_is_reported_per_site_and_an_alarm_fires(
     first = f"step 3: {next(iter(sites))}: collapsed, expert 2 took 100% of the choices for 3 steps"
     assert caplog.messages[0] == first
     assert len(caplog.messages) == 9
-    assert caplog.messages[8] == "step 3: and 20 more alarms, which metrics.jsonl has"
+    assert caplog.messages[8] == "step 3: and 20 more alarms, of other sites"
 
 
 def test_a_balanced_router_is_reported_and_no_alarm_fires(
