@@ -208,7 +208,7 @@ class MixtureTrainerMixin(_Trainer):
         if not self.model.training:
             return self._evaluation_loss(model, inputs, return_outputs)
         with self.mixture.deferred_aux() as deferred, self.observation.watching():
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            result = self._task_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
         # both Trainers multiply a loss per global token by the number of processes, because their
         # gradients are then averaged over these
@@ -228,6 +228,9 @@ class MixtureTrainerMixin(_Trainer):
         if self._session.guard is not None:
             self._session.guard.add_loss(loss, inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _task_loss(self, *args: Any) -> Any:
+        return super().compute_loss(*args)
 
     def _evaluation_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         found = evaluation.counted(inputs, self._arguments, accelerator=self.accelerator)

@@ -14,6 +14,7 @@ from molora.attach.side_inputs import SIDE_COLUMNS
 from molora.errors import DataError
 from molora.train import refusals
 from molora.train.mixin import MixtureTrainerMixin
+from molora.train.per_token import per_token
 
 
 class SFTTrainer(MixtureTrainerMixin, trl.SFTTrainer):
@@ -40,10 +41,18 @@ class SFTTrainer(MixtureTrainerMixin, trl.SFTTrainer):
 class Trainer(MixtureTrainerMixin, transformers.Trainer):
     """transformers' Trainer for a model that carries a mixture; see `MixtureTrainerMixin`.
 
-    The plain Trainer trains a mixture correctly too: `model(…).loss` holds the auxiliary losses,
-    scaled like the cross entropy. It saves the base model with every checkpoint, has one learning
-    rate, logs no routing, and cannot know what of this was not wanted.
+    The plain Trainer trains a mixture on a causal language model correctly too: `model(…).loss`
+    holds the auxiliary losses, scaled like the cross entropy. It saves the base model with every
+    checkpoint, has one learning rate, logs no routing, and cannot know what of this was not wanted.
+    On T5 and classifiers, with or without a mixture, its gradients grow with accumulation and
+    with the number of processes, see `per_token`; here they do not.
     """
+
+    def _task_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any
+    ) -> Any:
+        found = per_token(self, super()._task_loss, model, inputs, num_items_in_batch)
+        return found if return_outputs else found[0]
 
 
 class SideColumns:

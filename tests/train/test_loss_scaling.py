@@ -11,7 +11,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
-from tiny_models import randomize, sequences, tiny
+from tiny_models import padded, randomize, sequences, tiny
 from tiny_runs import tokenizer
 from torch import Tensor
 
@@ -64,6 +64,7 @@ def one_step(
     *,
     accumulate: int,
     losses: Sequence[Loss] = LOSSES,
+    data: Dataset | None = None,
 ) -> tuple[Grads, list[dict[str, Tensor]], float]:
     """The gradient of one optimiser step over eight rows, its micro-batches, and the loss logged:
     SGD with learning rate 1 and no clipping moves by the gradient."""
@@ -86,7 +87,7 @@ def one_step(
     }
     collator = Watched()
     common: dict[str, Any] = {
-        "train_dataset": dataset(rows),
+        "train_dataset": dataset(rows) if data is None else data,
         "data_collator": collator,
         "optimizers": (torch.optim.SGD(mixture.parameter_groups(1.0), lr=1.0), None),
     }
@@ -217,6 +218,109 @@ def test_the_number_of_processes_scales_all_of_the_loss_alike(
     alone = loss()
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
     assert loss() == pytest.approx(2 * alone, rel=1e-6)
+
+
+class OtherRows:
+    """A collator for models whose labels are not shifted inputs: answers of other lengths for
+    encoder-decoders, a class for classifiers."""
+
+    def __init__(self, family: str) -> None:
+        self.family = family
+        self.batches: list[dict[str, Tensor]] = []
+
+    def __call__(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        rows = [torch.tensor(example["input_ids"]) for example in examples]
+        labels = [row[: 1 + len(row) // 3] for row in rows]
+        self.batches.append(
+            {
+                "input_ids": padded(rows),
+                "attention_mask": padded([torch.ones_like(row) for row in rows]),
+                "labels": padded(labels, value=-100)
+                if self.family == "t5"
+                else torch.stack([row[0] % 3 for row in rows]),
+            }
+        )
+        return {name: tensor.clone() for name, tensor in self.batches[-1].items()}
+
+
+@pytest.mark.parametrize("family", ["t5", "bert"])
+class TestModelsWhoseLossIsAMeanWhateverTheyAreTold:
+    """T5 and classifiers take num_items_in_batch, and do not look at it."""
+
+    def step(
+        self, family: str, cls: Any, directory: Path, accumulate: int
+    ) -> tuple[Grads, list[dict[str, Tensor]]]:
+        mixture = self.mixture(family, LOSSES)
+        before = {name: tensor.clone() for name, tensor in mixture.state_dict().items()}
+        arguments = transformers.TrainingArguments(
+            str(directory),
+            max_steps=1,
+            per_device_train_batch_size=8 // accumulate,
+            gradient_accumulation_steps=accumulate,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        collator = OtherRows(family)
+        trainer = cls(
+            mixture.model,
+            arguments,
+            train_dataset=dataset(RAGGED),
+            data_collator=collator,
+            optimizers=(torch.optim.SGD(mixture.parameter_groups(1.0), lr=1.0), None),
+            **({"mixture": mixture} if cls is Trainer else {}),
+        )
+        trainer.train()
+        after = mixture.state_dict()
+        return {name: before[name] - after[name] for name in before}, collator.batches
+
+    def mixture(self, family: str, losses: Sequence[Loss]) -> molora.Mixture:
+        config = molora.MixtureConfig(groups=(Group(num_experts=4, rank=3),), losses=tuple(losses))
+        mixture = molora.attach(tiny(family), config)
+        randomize(mixture)
+        return mixture
+
+    def reference(self, family: str, batches: Sequence[dict[str, Tensor]]) -> Grads:
+        """Σ_i (CE summed over micro-batch i) / N + n_i / N · aux_i."""
+        mixture = self.mixture(family, ())
+        model = mixture.model.train()
+        counts = [(batch["labels"] != -100).sum() for batch in batches]
+        for batch, count in zip(batches, counts, strict=True):
+            with mixture.record(detach=False) as records:
+                logits = model(**batch).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, -2), batch["labels"].flatten(), reduction="sum"
+            )
+            ((loss + count * auxiliary(records)) / sum(counts)).backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    @pytest.mark.parametrize("accumulate", [1, 4])
+    def test_they_weigh_by_their_supervised_tokens(
+        self, family: str, accumulate: int, tmp_path: Path
+    ) -> None:
+        found, batches = self.step(family, Trainer, tmp_path, accumulate)
+        assert distance(found, self.reference(family, batches)) < 1e-6
+
+    def test_the_plain_trainer_adds_up_means(self, family: str, tmp_path: Path) -> None:
+        """A known limit of it, which the docstring of molora.train.Trainer names."""
+        found, batches = self.step(family, transformers.Trainer, tmp_path, 4)
+        assert distance(found, self.reference(family, batches)) > 0.1
+
+
+@pytest.mark.parametrize("path", ["molora", "trl"])
+def test_a_micro_batch_without_a_label_counts_nothing(path: str, tmp_path: Path) -> None:
+    rows = dataset(RAGGED)
+    labels = rows["labels"]
+    idle = [[-100] * len(row) if i in (1, 4, 5, 6) else row for i, row in enumerate(labels)]
+    data = rows.remove_columns("labels").add_column("labels", idle)
+    found, batches, loss = one_step(path, RAGGED, tmp_path, accumulate=8, data=data)
+    supervised = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+    assert supervised.count(0) == 4
+    assert distance(found, reference(batches)) < 1e-6
+    assert loss > 0
 
 
 def test_trl_without_the_mixin_is_refused(tmp_path: Path) -> None:
