@@ -225,8 +225,10 @@ class MixtureTrainerMixin(_Trainer):
             scale=processes / (steps * self.accelerator.num_processes),
             device=loss.device,
         )
-        if self._session.guard is not None:
-            self._session.guard.add_loss(loss, inputs)
+        # callers may ask for a loss without training
+        session: Session | None = getattr(self, "_session", None)
+        if session is not None and session.guard is not None:
+            session.guard.add_loss(loss, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def _task_loss(self, *args: Any) -> Any:
