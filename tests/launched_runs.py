@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny_runs
-from launches import environment, free_port
+from launches import clear_left_locks, environment, free_port
 
 # without balance losses: these are of a process's batch, and two batches are not one of both
 MIXTURE = {"preset": "mola", "num_experts": [2, 3], "rank": 2, "dropout": 0.0, "losses": []}
@@ -26,6 +26,7 @@ def write_run(folder: Path, base: Path, **sections: Any) -> Path:
 
 def start(*command: object, cwd: Path | None = None, **variables: str) -> subprocess.Popen[str]:
     """Start a program; its output is read by `end`."""
+    clear_left_locks()
     return subprocess.Popen(
         [*map(str, command)],
         cwd=cwd,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+from molora.train.compile_lock import compile_locks, is_compiling
 
 ROOT = Path(__file__).parents[1]
 # one thread a rank: two spinning ranks on two cores are 15 times slower
@@ -24,6 +28,7 @@ def launch(
     script: Path | str, *arguments: object, nproc: int = 2, timeout: float = 240, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
     """Run a script, or with `-m` a module, on `nproc` ranks; with `check`, fail with its output."""
+    clear_left_locks()
     target = ["-m", str(script)[3:]] if str(script).startswith("-m ") else [str(script)]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}"),
@@ -51,6 +56,14 @@ def environment(**changes: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         **changes,
     }
+
+
+def clear_left_locks(*, seconds: float = 20.0) -> None:
+    """Delete locks of compilations that a killed test left: every later launch would wait."""
+    for lock in compile_locks():
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - lock.stat().st_mtime > seconds and not is_compiling(lock):
+                lock.unlink()
 
 
 def free_port() -> int:

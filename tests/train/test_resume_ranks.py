@@ -22,7 +22,7 @@ EVEN = {"mixture": {"dropout": 0.0}}
 # rounding of sums in another order, after a dozen steps
 CLOSE = 1e-4
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 
 class Results:
