@@ -34,6 +34,8 @@ OPTIMISERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=RATE),
     # eps: else rounding of a gradient of nearly zero decides the sign of a whole step
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.05, eps=1e-2, weight_decay=0.01),
+    # steps small enough that rounding does not grow into other choices of experts
+    "slow": lambda parameters: torch.optim.AdamW(parameters, lr=0.003, eps=1e-2),
 }
 
 
@@ -49,6 +51,8 @@ class Scenario:
     routing: str = "free"
     """ "disjoint": each rank uses one half of the experts; "order": both use all, rank 1 in another
     order; "free": as random routers decide."""
+    std: float = 0.3
+    """Of B and the routers at the start."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Of the base model."""
 
@@ -115,11 +119,32 @@ SCENARIOS: dict[str, Scenario] = {
 }
 
 
-def batches(scenario: Scenario, model: nn.Module) -> list[dict[str, Tensor]]:
+LONG: dict[str, Any] = {"optimiser": "slow", "std": 0.05}
+CURVES: dict[str, Scenario] = {
+    "lora": Scenario(lora(rank=3), **LONG),
+    "molora": Scenario(molora.presets.molora(num_experts=5, rank=3), **LONG),
+    "mola": Scenario(mola(**E6, losses=()), **LONG),
+    "loramoe": Scenario(loramoe(**E6, losses=()), **LONG),
+    "mixlora": Scenario(mixlora(**E6, losses=()), **LONG),
+    "mola-balanced": Scenario(mola(**E6, losses=BALANCED), **LONG),
+    "loramoe-balanced": Scenario(loramoe(num_experts=6, rank=3), **LONG),
+    "mixlora-switch": Scenario(mixlora(num_experts=4, rank=3, variant="switch"), **LONG),
+}
+"""Every preset, trained for longer; without auxiliary losses, which are no sum over rows, they are
+compared with one forward of all rows."""
+
+
+def batches(
+    scenario: Scenario,
+    model: nn.Module,
+    lengths: Sequence[Sequence[int]] = LENGTHS,
+    *,
+    seed: int = 0,
+) -> list[dict[str, Tensor]]:
     """The batch of each rank; all count the supervised tokens of all."""
     found = []
-    for rank, lengths in enumerate(LENGTHS):
-        batch = batch_for(model, lengths, seed=rank)
+    for rank, own in enumerate(lengths):
+        batch = batch_for(model, own, seed=len(lengths) * seed + rank)
         if scenario.config.method == "loramoe":
             batch["task_types"] = torch.tensor([rank, 1])
         found.append(batch)
@@ -146,20 +171,28 @@ def pooled(by_rank: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def base_model(scenario: Scenario) -> nn.Module:
     """The model without its mixture; the values of its weights are the same in every dtype."""
-    return tiny(scenario.family, **scenario.settings).bfloat16().to(scenario.base_dtype)
+    model = tiny(scenario.family, **scenario.settings)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    return model.to(scenario.base_dtype)
 
 
-def adapted(scenario: Scenario, state: Mapping[str, Tensor] | None = None) -> molora.Mixture:
+def adapted(
+    scenario: Scenario,
+    state: Mapping[str, Tensor] | None = None,
+    *,
+    model: nn.Module | None = None,
+) -> molora.Mixture:
     """The mixture on its model in training mode.
 
     With `state`, or with experts that differ and routers that decide as the scenario says.
     """
-    mixture = molora.attach(base_model(scenario), scenario.config, seed=3)
+    mixture = molora.attach(model or base_model(scenario), scenario.config, seed=3)
     model = mixture.model.train()
     if state is not None:
         mixture.load_state_dict(dict(state))
     else:
-        randomize(mixture)
+        randomize(mixture, scenario.std)
         if scenario.routing != "free":
             direct(mixture, batches(scenario, model), apart=scenario.routing == "disjoint")
     if scenario.checkpointing:

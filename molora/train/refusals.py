@@ -121,6 +121,21 @@ def check_trained_set(mixture: Mixture, optimizer: torch.optim.Optimizer) -> Non
     )
 
 
+def check_one_dtype(mixture: Mixture, stage: int | None) -> None:
+    """Raise ConfigError for trained parameters of several dtypes under ZeRO-3, which lays all of
+    them into one tensor."""
+    trained = [(name, p.dtype) for name, p in mixture.named_parameters() if p.requires_grad]
+    other = [(name, dtype) for name, dtype in trained if dtype != trained[0][1]]
+    if stage == 3 and other:
+        raise ConfigError(
+            "ZeRO-3 trains parameters of one dtype, but {} is {} and {} is {}.".format(
+                *trained[0], *other[0]
+            )
+            + " Load the base in the mixture's dtype, set mixture.dtype to the base's, leave out "
+            "train_modules and train_tokens, or use ZeRO-2."
+        )
+
+
 def check_can_learn(mixture: Mixture) -> None:
     """Raise AttachError if every B is zero and frozen: experts then add nothing, and neither A nor
     routers get a gradient from the task, ever."""
