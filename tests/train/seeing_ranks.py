@@ -79,3 +79,6 @@ if __name__ == "__main__":
     results = {stage: scenario(place, stage) for stage in stages}
     if dist.get_rank() == 0:
         target.write_text(json.dumps(results, indent=1))
+    # a rank that leaves while another still talks to it can take that one down
+    dist.barrier()
+    dist.destroy_process_group()
