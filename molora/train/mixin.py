@@ -14,7 +14,7 @@ from molora.attach import Mixture
 from molora.attach.saving import base_fingerprint, save_mixture
 from molora.attach.side_inputs import SIDE_COLUMNS, ArgumentReader
 from molora.errors import ConfigError
-from molora.train import checkpoints, evaluation, refusals, trackers
+from molora.train import checkpoints, evaluation, quantized, refusals, trackers
 from molora.train.checkpointing import MixtureCheckpointing
 from molora.train.gather import gathered, gathered_state
 from molora.train.guard import RunCallback
@@ -94,7 +94,8 @@ class MixtureTrainerMixin(_Trainer):
         self.base = base_fingerprint(mixture, gather=gathered)
         self._arguments = ArgumentReader(model)
         self._token_mean = evaluation.TokenMean()
-        super().__init__(model, args=args, **keywords)
+        with quantized.known_as_adapted(model):
+            super().__init__(model, args=args, **keywords)
         if self.args.n_gpu > 1:
             raise ConfigError(
                 f"{self.args.n_gpu} GPUs in one process mean nn.DataParallel, whose replicas drop "
