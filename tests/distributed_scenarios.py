@@ -33,7 +33,7 @@ IMPORTANT = (Loss(term=Importance(), coefficient=0.5),)
 OPTIMISERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=RATE),
     # eps: else rounding of a gradient of nearly zero decides the sign of a whole step
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.05, eps=1e-2, weight_decay=0.01),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.02, eps=1e-2, weight_decay=0.01),
     # steps small enough that rounding does not grow into other choices of experts
     "slow": lambda parameters: torch.optim.AdamW(parameters, lr=0.003, eps=1e-2),
 }
