@@ -10,7 +10,11 @@ from molora.errors import ConfigError
 
 # On a quantised model without PEFT's mark transformers refuses to train; on one that says that it
 # is loaded in some bits TRL rounds all that is trained to bfloat16.
-_PRETENDED = {"_hf_peft_config_loaded": True, "is_loaded_in_4bit": False, "is_loaded_in_8bit": False}
+_PRETENDED = {
+    "_hf_peft_config_loaded": True,
+    "is_loaded_in_4bit": False,
+    "is_loaded_in_8bit": False,
+}
 
 
 @contextmanager

@@ -141,7 +141,5 @@ def test_a_kind_that_cannot_be_trained_through_is_refused(tmp_path: Path) -> Non
     model = tiny("llama")
     model.is_quantized = True
     model.hf_quantizer = FbgemmFp8HfQuantizer(FbgemmFp8Config())
-    with pytest.raises(
-        molora.ConfigError, match="quantised by fbgemm_fp8, through which"
-    ):
+    with pytest.raises(molora.ConfigError, match="quantised by fbgemm_fp8, through which"):
         sft(mixture_on(model), tmp_path)
