@@ -2,8 +2,9 @@
 
 Three figures, all of one process and one thread:
 
-    share   time inside the calls that watch a step, and their part of a line of metrics, ÷ the time
-            of a step without them; the operations of a CPU are done when a call returns
+    share   time inside the calls that watch a step, the check that it is finite among them, and
+            their part of a line of metrics, ÷ the time of a step without them; the operations of a
+            CPU are done when a call returns
     ratio   median over runs of the time of a watched step ÷ that of a step without, side by side
     ops     ATen calls of watching ÷ those of a step, a proxy for kernel launches on a GPU
 
@@ -38,6 +39,7 @@ from torch import Tensor
 
 import molora
 from molora.attach.hooks import DeferredAux
+from molora.train.guard import Guard
 from molora.train.metrics import MetricsWriter
 from molora.train.observation import Observation
 
@@ -79,6 +81,8 @@ class Run:
         self.observation = Observation(self.mixture)
         self.writer = MetricsWriter(folder / "metrics.jsonl")
         self.observation.listeners.append(self.writer.on_report)
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.guard = Guard(model, named, Alone.device)
         self.logging_steps = logging_steps
         self.ids_BS = torch.randint(0, sizes.vocab, (4, sizes.tokens // 4))
         self.made = 0
@@ -91,9 +95,10 @@ class Run:
         observe = self._observing() if watched else contextlib.nullcontext()
         with self.mixture.deferred_aux() as deferred, observe:
             out = self.mixture.model(input_ids=self.ids_BS, labels=self.ids_BS)
-        (out.loss + deferred.weighted(None)).backward()
+        loss = out.loss + deferred.weighted(None)
+        loss.backward()
         if watched:
-            self._watch(deferred)
+            self._watch(deferred, loss)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.made += 1
         if watched and self.made % self.logging_steps == 0:
@@ -118,7 +123,7 @@ class Run:
         finally:
             del routing.update
 
-    def _watch(self, deferred: DeferredAux) -> None:
+    def _watch(self, deferred: DeferredAux, loss: Tensor) -> None:
         started = time.perf_counter()
         self.observation.add_micro_batch(
             {"input_ids": self.ids_BS},
@@ -127,6 +132,9 @@ class Run:
             scale=1.0,
             device=Alone.device,
         )
+        # that loss and gradients are finite is looked at in every step
+        self.guard.add_loss(loss, {"input_ids": self.ids_BS})
+        self.guard.check(step=self.made + 1, asked=0)
         self.watching += time.perf_counter() - started
 
     def _log(self) -> None:
