@@ -6,69 +6,30 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_trainers
 import torch
 import transformers
 import trl
 from datasets import Dataset
-from tiny_models import batch_for, randomize, sequences, tiny
+from tiny_models import batch_for, sequences, tiny
 from tiny_runs import ROWS, tokenizer
+from tiny_trainers import LOSSES, arguments, dataset, mixture_on
 from torch import Tensor, nn
 
 import molora
 from molora.config import (
     Capacity,
     Dropout,
-    Group,
     LinearSite,
-    LoadBalance,
     LoRA,
-    Loss,
-    RouterZ,
     TopK,
 )
 from molora.data import Collator
 from molora.train import SFTTrainer, Trainer
-
-LOSSES = (Loss(term=LoadBalance(), coefficient=0.5), Loss(term=RouterZ(), coefficient=0.1))
-ROUTED = {"num_experts": 4, "rank": 3}
-
-
-def mixture_on(model: nn.Module | None = None, **settings: Any) -> molora.Mixture:
-    group = Group(**{**ROUTED, **settings.pop("group", {})})
-    config = molora.MixtureConfig(groups=(group,), **{"losses": LOSSES, **settings})
-    mixture = molora.attach(model or tiny("llama"), config)
-    randomize(mixture)
-    return mixture
-
-
-def dataset(lengths: Sequence[int] = (9, 4, 6, 3, 8, 5, 7, 4), *, same: bool = False) -> Dataset:
-    rows = [row.tolist() for row in sequences(lengths)]
-    rows = rows[:1] * len(rows) if same else rows
-    return Dataset.from_dict({"input_ids": rows, "labels": rows})
-
-
-def arguments(tmp_path: Path, **options: Any) -> trl.SFTConfig:
-    defaults = {
-        "output_dir": str(tmp_path / "out"),
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "bf16": False,
-        "activation_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-    }
-    return trl.SFTConfig(**{**defaults, **options})
 
 
 def sft(mixture: molora.Mixture, tmp_path: Path, *, data: Dataset | None = None, **options: Any):
@@ -77,14 +38,13 @@ def sft(mixture: molora.Mixture, tmp_path: Path, *, data: Dataset | None = None,
         for name in ("router_learning_rate", "eval_dataset", "data_collator", "optimizers")
         if name in options
     }
-    return SFTTrainer(
-        mixture.model,
-        arguments(tmp_path, **options),
-        mixture=mixture,
-        train_dataset=data if data is not None else dataset(),
-        processing_class=tokenizer(),
-        **{"data_collator": Collator(pad_token_id=2), **keywords},
-    )
+    return tiny_trainers.sft(mixture, tmp_path / "out", data=data, keywords=keywords, **options)
+
+
+def same_rows() -> Dataset:
+    """Eight times one row."""
+    row = sequences([7])[0].tolist()
+    return Dataset.from_dict({"input_ids": [row] * 8, "labels": [row] * 8})
 
 
 def digest(model: nn.Module, *, of_base: bool) -> str:
@@ -206,7 +166,7 @@ def test_gradient_checkpointing_changes_nothing(trainer: str, tmp_path: Path) ->
 def plain(
     mixture: molora.Mixture, tmp_path: Path, *, data: Dataset | None = None, **options: Any
 ) -> Trainer:
-    kept = arguments(tmp_path, **options).to_dict()
+    kept = arguments(tmp_path / "out", **options).to_dict()
     known = {f for f in transformers.TrainingArguments.__dataclass_fields__ if f in kept}
     return Trainer(
         mixture.model,
@@ -331,7 +291,7 @@ def test_a_loss_that_is_a_mean_per_batch_is_averaged_with_its_auxiliary_losses(
         trainer = plain(
             mixture,
             tmp_path,
-            data=dataset([7] * 8, same=True),
+            data=same_rows(),
             max_steps=1,
             per_device_train_batch_size=8 // accumulate,
             gradient_accumulation_steps=accumulate,
@@ -463,7 +423,7 @@ def test_trainer_arguments_that_bypass_the_mixture_are_refused(name: str, tmp_pa
     with pytest.raises(molora.ConfigError, match=name):
         SFTTrainer(
             mixture.model,
-            arguments(tmp_path),
+            arguments(tmp_path / "out"),
             mixture=mixture,
             train_dataset=dataset(),
             processing_class=tokenizer(),
@@ -474,7 +434,12 @@ def test_trainer_arguments_that_bypass_the_mixture_are_refused(name: str, tmp_pa
 @pytest.mark.parametrize("cls", [SFTTrainer, Trainer])
 def test_another_model_than_the_mixtures_is_refused(cls: Any, tmp_path: Path) -> None:
     with pytest.raises(molora.AttachError, match="not the one that carries the mixture"):
-        cls(tiny("llama"), arguments(tmp_path), mixture=mixture_on(), train_dataset=dataset())
+        cls(
+            tiny("llama"),
+            arguments(tmp_path / "out"),
+            mixture=mixture_on(),
+            train_dataset=dataset(),
+        )
 
 
 def test_experts_on_the_head_are_refused_by_trl_and_trained_by_the_plain_trainer(
