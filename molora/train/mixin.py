@@ -107,6 +107,12 @@ class MixtureTrainerMixin(_Trainer):
                 "accelerate's configuration turns on FSDP, which is not supported. Use DeepSpeed "
                 "ZeRO-3, or plain data parallelism."
             )
+        if self.is_deepspeed_enabled and any(keywords.get("optimizers") or ()):
+            raise ConfigError(
+                "optimizers=…: with DeepSpeed the Trainer would drop them silently and make AdamW "
+                "and a schedule of its own. Pass optimizer_cls_and_kwargs=(class, arguments), and "
+                "name the schedule with lr_scheduler_type."
+            )
         self.add_callback(MixtureCheckpointing())
         self.add_callback(
             RunCallback(
