@@ -1,6 +1,6 @@
 """On every rank: runs that are interrupted and go on, under each stage; prints what differs.
 
-    resume_ranks.py OUT.json DIRECTORY STAGE…      stages: none, 1, 2, 3
+    resume_ranks.py OUT.json DIRECTORY STAGE…      stages: none, 1, 2, 3, 3-offload
 
 DIRECTORY/from-1 is a checkpoint of one process. Checkpoints that one process is to go on from are
 left in DIRECTORY/STAGE-even.
@@ -30,12 +30,14 @@ def engine(stage: str) -> dict[str, Any] | None:
     """DeepSpeed's configuration; a tiny model is partitioned only without a threshold."""
     if stage == "none":
         return None
-    zero = {
-        "stage": int(stage),
+    zero: dict[str, Any] = {
+        "stage": int(stage[0]),
         "overlap_comm": False,
         "contiguous_gradients": True,
         "stage3_param_persistence_threshold": 0,
     }
+    if stage.endswith("offload"):
+        zero |= {name: {"device": "cpu"} for name in ("offload_param", "offload_optimizer")}
     return {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
