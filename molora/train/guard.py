@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -30,16 +30,24 @@ class Guard:
         model: read once more to find the place when a loss is not finite.
         parameters: the trained ones by name.
         device: where the ranks exchange tensors.
+        release: called when gradients have been computed past an engine that fetches parameters
+            for them.
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], device: torch.device
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        device: torch.device,
+        *,
+        release: Callable[[], object] = lambda: None,
     ) -> None:
         self.model = model
         self.parameters = dict(parameters)
         self.stop = 0
         """The signal on which all ranks stop after this step; 0 for none."""
         self._device = device
+        self._release = release
         self._batches: list[tuple[Tensor, dict[str, Any]]] = []
 
     def add_loss(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
@@ -57,21 +65,15 @@ class Guard:
             TrainingError: on all ranks, if a number of any is not finite; nothing was updated.
         """
         losses = [loss.to(self._device) for loss, _ in self._batches]
-        norms = list(self._gradient_norms().values())
-        finite = torch.isfinite(torch.stack([torch.zeros_like(losses[0]), *losses, *norms])).all()
+        norms = self._gradient_norms()
+        seen = torch.stack([torch.zeros_like(losses[0]), *losses, *norms.values()])
+        finite = torch.isfinite(seen).all()
         flags = torch.stack([(~finite).int(), torch.tensor(asked, device=self._device).int()])
         if dist.is_initialized():
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         faulty, self.stop = flags.tolist()
         if faulty:
-            found = gather_object([self._findings()])
-            ranks = {finding: [r for r, f in enumerate(found) if f == finding] for finding in found}
-            told = [
-                finding if len(ranks) == 1 else f"rank {', '.join(map(str, where))}: {finding}"
-                for finding, where in ranks.items()
-                if finding
-            ]
-            raise TrainingError(f"step {step}: {'; '.join(told)}.")
+            raise TrainingError(f"step {step}: {self._told(losses, norms)}.")
         self._batches.clear()
 
     def close(self) -> None:
@@ -87,19 +89,51 @@ class Guard:
         norms = torch._foreach_norm(list(held.values()), dtype=torch.float32)
         return dict(zip(held, (norm.to(self._device) for norm in norms), strict=True))
 
-    def _findings(self) -> str:
-        """What is not finite here, in words; all ranks run the same forwards."""
-        losses = [loss for loss, _ in self._batches]
+    def _told(self, losses: Sequence[Tensor], norms: Mapping[str, Tensor]) -> str:
+        """What is not finite, in words, and on which rank it began; all ranks take part."""
+        averaged = [name for name, norm in norms.items() if not torch.isfinite(norm)]
+        own, averages = zip(*gather_object([(self._own_fault(losses), averaged)]), strict=True)
+        if any(own):
+            ranks = {fault: [r for r, f in enumerate(own) if f == fault] for fault in own if fault}
+            return "; ".join(
+                fault if len(own) == 1 else f"rank {', '.join(map(str, where))}: {fault}"
+                for fault, where in ranks.items()
+            )
+        return _of_gradients(list(dict.fromkeys(name for names in averages for name in names)))
+
+    def _own_fault(self, losses: Sequence[Tensor]) -> str:
+        """What is not finite by this rank's rows alone; all ranks run the same again.
+
+        Gradients have been averaged by now, so that a number of one rank is in those of all.
+        """
         bad = [float(loss) for loss in losses if not torch.isfinite(loss)]
-        parts = [f"the loss is {bad[0]}"] if bad else []
         places = [first_fault(self.model, inputs) for _, inputs in self._batches]
+        gradients = [self._faulty_gradients(inputs) for _, inputs in self._batches]
+        parts = [f"the loss is {bad[0]}"] if bad else []
         parts += [f"first at {place}" for place in [p for p in places if p][:1]]
-        norms = self._gradient_norms()
-        names = [name for name, norm in norms.items() if not torch.isfinite(norm)]
-        if names and not bad:
-            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
-            parts.append(f"the gradient of {shown} is not finite")
+        if not parts:
+            parts = [_of_gradients(names) for names in gradients if names][:1]
         return ", ".join(parts)
+
+    def _faulty_gradients(self, inputs: Mapping[str, Any]) -> list[str]:
+        """Parameters whose gradient by these rows is not finite; none without labels."""
+        if "labels" not in inputs:
+            return []
+        with torch.enable_grad():
+            loss = self.model(**inputs).loss
+        # not backward(): engines would take these gradients for those of a step
+        gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        self._release()
+        return [
+            name
+            for name, gradient in zip(self.parameters, gradients, strict=True)
+            if gradient is not None and not torch.isfinite(gradient).all()
+        ]
+
+
+def _of_gradients(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
+    return f"the gradient of {shown} is not finite"
 
 
 @torch.no_grad()
@@ -122,8 +156,7 @@ def first_fault(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     ]
     hooks = [module.register_forward_hook(partial(look, name)) for name, module in leaves]
     try:
-        keep = {k: v for k, v in inputs.items() if k != "labels" and k not in SIDE_COLUMNS}
-        model(**keep)
+        model(**{name: value for name, value in inputs.items() if name not in SIDE_COLUMNS})
     finally:
         for hook in hooks:
             hook.remove()

@@ -43,11 +43,14 @@ class Session:
     def prepare(self) -> None:
         """Model, optimiser and schedule are ready."""
         trainer = self.trainer
-        self.guard = Guard(trainer.model, checkpoints.trained(trainer), trainer.args.device)
+        trained, device = checkpoints.trained(trainer), trainer.args.device
         if trainer.is_deepspeed_enabled:
-            # an engine steps at the end of its backward pass, and clips by itself
             engine = trainer.deepspeed
+            self.guard = Guard(trainer.model, trained, device, release=engine.empty_partition_cache)
+            # an engine steps at the end of its backward pass, and clips by itself
             engine.step = after(self.check_step, engine.step)
+        else:
+            self.guard = Guard(trainer.model, trained, device)
         if self.resumed is not None:
             checkpoints.restore(trainer, self.resumed)
 
