@@ -39,17 +39,26 @@ class Peers:
         self.store = store
         self._exchanges = 0
 
-    def agree(self, facts: Mapping[str, Any], *, seconds: float, what: str) -> None:
+    def agree(
+        self,
+        facts: Mapping[str, Any],
+        *,
+        what: str,
+        seconds: float | None = None,
+        setting: str = START_SECONDS,
+    ) -> None:
         """Raise TrainingError unless every process holds the same facts.
 
         Collective.
 
         Args:
             facts: plain data, mappings and lists in it included.
-            seconds: longest wait for the others.
             what: completes "the processes do not have the same …".
+            seconds: longest wait for the others; that of the start if not given.
+            setting: what sets this wait.
         """
-        everyone = self.exchange(dict(_leaves(facts, "")), seconds=seconds)
+        wait = start_seconds() if seconds is None else seconds
+        everyone = self.exchange(dict(_leaves(facts, "")), seconds=wait, setting=setting)
         first, differences = everyone[0], []
         for rank, theirs in enumerate(everyone):
             for key in sorted(first.keys() | theirs.keys()):
@@ -62,7 +71,9 @@ class Peers:
             listed = "\n".join(differences[:_SHOWN] + more)
             raise TrainingError(f"the processes do not have the same {what}:\n{listed}")
 
-    def exchange(self, facts: dict[str, Any], *, seconds: float) -> list[dict[str, Any]]:
+    def exchange(
+        self, facts: dict[str, Any], *, seconds: float, setting: str = START_SECONDS
+    ) -> list[dict[str, Any]]:
         """The facts of every rank, in order. Collective.
 
         Raises:
@@ -77,9 +88,9 @@ class Peers:
             self.store.wait(keys, timedelta(seconds=seconds))
             return [json.loads(value) for value in self.store.multi_get(keys)]
         except (DistError, RuntimeError) as error:
-            raise self._missing(keys, seconds) from error
+            raise self._missing(keys, seconds, setting) from error
 
-    def _missing(self, keys: list[str], seconds: float) -> TrainingError:
+    def _missing(self, keys: list[str], seconds: float, setting: str) -> TrainingError:
         where = f"{self.place.address}:{self.place.port}"
         try:
             assert self.store is not None
@@ -93,7 +104,7 @@ class Peers:
         return TrainingError(
             f"{came} of {self.size} processes came within {seconds:.0f} s; not rank {shown}. Look "
             "at what they wrote, and whether every machine was given the same number of processes "
-            f"and the same address of rank 0, here {where}. {START_SECONDS} sets the wait."
+            f"and the same address of rank 0, here {where}. {setting} sets the wait."
         )
 
     def first_to_say(self, message: str) -> bool:
@@ -121,6 +132,11 @@ class Peers:
             return
 
 
+def start_seconds() -> float:
+    """Longest wait for all processes to come."""
+    return float(os.environ.get(START_SECONDS, "60"))
+
+
 def meet() -> Peers:
     """The processes of this launch, all of which have come. Collective at the first call.
 
@@ -129,7 +145,7 @@ def meet() -> Peers:
     """
     if not _met:
         place = find_place()
-        seconds = float(os.environ.get(START_SECONDS, "60"))
+        seconds = start_seconds()
         store = _open_store(place, seconds) if place.size > 1 else None
         _met.append(Peers(place, store))
         _check_arrivals(_met[0], seconds)

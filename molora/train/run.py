@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 from torch import nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from molora import __version__
 from molora.attach import Mixture
@@ -50,7 +50,7 @@ class TrainResult:
     output_dir: Path
     """Holds adapter/ (the mixture), config.yaml (everything spelt out), and metrics.jsonl."""
     metrics: dict[str, float]
-    """Of the whole run: train_loss, and eval_loss with data.eval."""
+    """Of the whole run: train_loss, and with data.eval eval_loss, a mean over supervised tokens."""
     seconds: float
     """Time in the training loop, evaluations between its steps included."""
     tokens: int
@@ -88,17 +88,17 @@ def train(
     with joined(config) as peers, _threads(config.train.threads):
         tokenizer = load_tokenizer(config.model)
         data = tokenized(config, tokenizer)
-        peers.agree(_counts(data), seconds=config.train.timeout_seconds, what="data")
+        wait = config.train.timeout_seconds
+        peers.agree(_counts(data), what="data", seconds=wait, setting="train.timeout_seconds")
         engine = deepspeed_config(config, world_size=peers.size)
         model = load_model(config.model, engine=engine)
         base_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         mixture = attached(config, model)
         table = describe(mixture, model=config.model.name, base_parameters=base_parameters)
-        if peers.rank == 0:
-            _write_config(config, engine)
         writer = MetricsWriter(config.output_dir / METRICS)
         with _left_as_found(model), ProgressDisplay(quiet=not progress) as display:
             trainer = _trainer(config, mixture, tokenizer, data)
+            trainer.add_callback(_ConfigWriter(config, engine))
             trainer.add_callback(writer)
             trainer.observation.listeners.append(writer.on_report)
             trainer.add_callback(display)
@@ -140,11 +140,21 @@ _Dumper.add_representer(
 )
 
 
-def _write_config(config: RunConfig, engine: dict[str, Any] | None) -> None:
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    (config.output_dir / CONFIG).write_text(as_yaml(config), encoding="utf-8")
-    if engine is not None:
-        (config.output_dir / ENGINE).write_text(json.dumps(engine, indent=2) + "\n", "utf-8")
+class _ConfigWriter(TrainerCallback):
+    """Writes what a run was started with, once it begins: one that is refused leaves the files of
+    the run before alone."""
+
+    def __init__(self, config: RunConfig, engine: dict[str, Any] | None) -> None:
+        self.config, self.engine = config, engine
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        directory = self.config.output_dir
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / CONFIG).write_text(as_yaml(self.config), encoding="utf-8")
+        if self.engine is not None:
+            (directory / ENGINE).write_text(json.dumps(self.engine, indent=2) + "\n", "utf-8")
 
 
 def _trainer(

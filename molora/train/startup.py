@@ -45,7 +45,7 @@ def joined(config: RunConfig) -> Iterator[Peers]:
     peers = meet()
     engine = deepspeed_config(config, world_size=peers.size)
     seconds = config.train.timeout_seconds
-    peers.agree(facts(config, engine), seconds=min(seconds, 60), what="run")
+    peers.agree(facts(config, engine), what="run")
     if engine is not None and not torch.cuda.is_available():
         check_locks(_COMPILED_ON_CPU)
     if (peers.size > 1 or engine is not None) and not dist.is_initialized():

@@ -307,3 +307,15 @@ def test_numbers_that_are_not_finite_are_written_as_null(tmp_path: Path) -> None
     writer.write("train", 1, {"loss": float("nan"), "parts": {"aux": float("inf")}, "load": 1.5})
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert (line["loss"], line["parts"]["aux"], line["load"]) == (None, None, 1.5)
+
+
+def test_a_run_that_is_refused_leaves_the_files_of_the_run_before(run_file: RunFile) -> None:
+    first = run_file(MOLA, train={"save_steps": 2})
+    train(molora.load_config(first), progress=False)
+    out = molora.load_config(first).output_dir
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    other = run_file(MOLA, train={"learning_rate": 1e-4, "save_steps": 2})
+    with pytest.raises(molora.CheckpointError, match="is of an earlier run"):
+        train(molora.load_config(other), progress=False)
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+    assert {"config.yaml", "metrics.jsonl"} <= before.keys()
