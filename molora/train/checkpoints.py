@@ -43,6 +43,8 @@ def save(trainer: Any) -> Path:
     trainer.store_flos()
     best = trainer.state.best_global_step
     best_directory = rotation.checkpoint_directory(output_dir, best) if best else None
+    # on every rank: all of them take the best weights at the end
+    trainer.state.best_model_checkpoint = str(best_directory) if best_directory else None
     weights = gathered_state(trainer.mixture)
     tensors = {
         f"optimizer/{name}": value
@@ -64,7 +66,6 @@ def save(trainer: Any) -> Path:
         save_mixture(trainer.mixture, directory, state=weights, base=trainer.base)
         text = json.dumps(common, indent=2).encode()
         atomic.put(directory, lambda path: path.write_bytes(text), lambda _: RUN_STATE)
-        trainer.state.best_model_checkpoint = str(best_directory) if best_directory else None
         checkpoint.write_checkpoint(
             directory,
             step=step,
