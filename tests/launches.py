@@ -29,7 +29,9 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     """Run a script, or with `-m` a module, on `nproc` ranks; with `check`, fail with its output."""
     clear_left_locks()
-    target = ["-m", str(script)[3:]] if str(script).startswith("-m ") else [str(script)]
+    named = str(script).removeprefix("-m ")
+    module = ["-m"] if named != str(script) else []
+    target = [str(ROOT / "tests" / "rank.py"), *module, named]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}"),
         *("--master-addr=127.0.0.1", f"--master-port={free_port()}"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,5 +92,20 @@ def _tell(error: MoLoRAError) -> int:
     return 2
 
 
+def leave(code: int) -> NoReturn:
+    """End this process, without the interpreter's own end if there is a process group.
+
+    gloo's threads let go of the tensors of the last communication whenever they come to it. If the
+    interpreter is going by then, they abort the process, and the run has failed after its success.
+    """
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_initialized():
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
