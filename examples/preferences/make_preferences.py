@@ -1,7 +1,7 @@
 """Makes the preferences beside this file: ``python -m examples.preferences.make_preferences``.
 
-They are the rows of ``examples/data/language``, whose LICENSES.md says where its sentences come from:
-the right language is chosen, one of the five others is rejected. Same inputs, same files.
+They are the rows of ``examples/data/language``, whose LICENSES.md says where its sentences come
+from: the right language is chosen, one of the five others is rejected. Same inputs, same files.
 """
 
 from __future__ import annotations
