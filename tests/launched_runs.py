@@ -27,6 +27,7 @@ def write_run(folder: Path, base: Path, **sections: Any) -> Path:
 def start(*command: object, cwd: Path | None = None, **variables: str) -> subprocess.Popen[str]:
     """Start a program; its output is read by `end`."""
     clear_left_locks()
+    clear_left_locks()
     return subprocess.Popen(
         [*map(str, command)],
         cwd=cwd,

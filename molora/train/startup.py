@@ -3,10 +3,12 @@ the same run, and forms a process group. What cannot work is told within a minut
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import platform
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -120,6 +122,9 @@ def _form_group(peers: Peers, *, seconds: int, threads: int | None) -> None:
         world_size=peers.size,
         timeout=timedelta(seconds=seconds),
     )
+
+    # what __main__.leave does for certain, for programs that end by themselves
+    atexit.register(time.sleep, 0.2)
 
 
 def _take_gpu(local_rank: int) -> None:
