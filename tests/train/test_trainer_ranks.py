@@ -25,8 +25,8 @@ from molora.train import train
 
 SCRIPT = Path(__file__).with_name("trainer_ranks.py")
 STAGES = ("none", "0", "1", "2", "3")
-SHAPES = ("2x1x4", "2x2x2", "2x4x1")
-CASES = ("task", "same", "idle", "sparse", "types")
+SHAPES = ("2x1x4", "2x4x1")
+CASES = ("ragged", "task", "same", "idle", "sparse", "types")
 
 STEPS = [
     "trl,none,2x2x2,ragged",
@@ -41,7 +41,7 @@ STEPS = [
     "transformers,1,2x2x2,task",
 ]
 ALL_STEPS = [
-    *(f"{path},{stage},{shape},ragged" for path in PATHS for stage in STAGES for shape in SHAPES),
+    *(f"{path},{stage},{shape},ragged" for path in PATHS for stage in "123" for shape in SHAPES),
     *(f"{path},{stage},2x2x2,{case}" for path in PATHS for stage in STAGES for case in CASES),
 ]
 SOME_CURVES = [
@@ -49,8 +49,9 @@ SOME_CURVES = [
     *("mola-task,3", "loramoe,3", "mixlora,3", "checkpointing,3", "bf16,3"),
 ]
 ALL_CURVES = [
-    *(f"{name},{stage}" for name in CURVES for stage in ("none", "1", "2", "3")),
-    *("mixlora,0", "mola,3-offload", "checkpointing,3-offload"),
+    *(f"{name},{stage}" for name in CURVES for stage in "23"),
+    *(f"{name},{stage}" for name in ("mola", "packing", "bf16") for stage in ("none", "0", "1")),
+    *("mola,3-offload", "checkpointing,3-offload"),
 ]
 FAULTS = ["none,gradient", "2,loss", "3,gradient"]
 ALL_FAULTS = [f"{stage},{kind}" for stage in STAGES for kind in ("gradient", "loss")]
