@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -341,6 +341,15 @@ def test_a_signal_leaves_a_checkpoint_that_resumes(
     torch.testing.assert_close(everything(resumed), everything(straight), rtol=0, atol=0)
 
 
+@pytest.fixture
+def _as_in_a_terminal() -> Iterator[None]:
+    """Programs that are started in the background ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_as_in_a_terminal")
 def test_a_second_signal_acts_at_once(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path / "out", save_strategy="no")
 
