@@ -35,6 +35,8 @@ class Curve:
 
     config: MixtureConfig
     base_dtype: torch.dtype = torch.float32
+    rows: int = 40
+    """Of the data set; batches are of eight."""
     packed: bool = False
     freeze: tuple[str, ...] = ()
     keywords: Mapping[str, Any] = field(default_factory=dict)
@@ -56,9 +58,10 @@ CURVES = {
     "checkpointing": Curve(
         mixlora(**E6), options={"activation_checkpointing": True, "max_grad_norm": 0.3}
     ),
-    "packing": Curve(loramoe(**E6), packed=True),
+    "packing": Curve(loramoe(**E6), rows=64, packed=True),
     "bf16": Curve(mola(**E6), base_dtype=torch.bfloat16),
     "router": Curve(mola(**E6), freeze=("experts",)),
+    "uneven": Curve(mola(**E6, losses=()), rows=21),
     "lora_plus": Curve(
         mola(**E6),
         keywords={
@@ -83,9 +86,9 @@ class Watch(TrainerCallback):
         self.partitioned.append(all(p.shape == (0,) for p in self.model.parameters()))
 
 
-def rows(*, packed: bool) -> Dataset:
+def rows(number: int, *, packed: bool) -> Dataset:
     """Prompts and answers of many lengths, of two types."""
-    lengths = [4 + (5 * i) % 9 for i in range(64 if packed else 40)]
+    lengths = [4 + (5 * i) % 9 for i in range(number)]
     ids = [row.tolist() for row in sequences(lengths, seed=3)]
     labels = [[-100] * (1 + i % 3) + row[1 + i % 3 :] for i, row in enumerate(ids)]
     types = [i % 2 for i in range(len(ids))]
@@ -128,7 +131,7 @@ def trainer_of(
         mixture.model,
         trl.SFTConfig(**{**arguments, **curve.options, **options}),
         mixture=mixture,
-        train_dataset=rows(packed=curve.packed),
+        train_dataset=rows(curve.rows, packed=curve.packed),
         processing_class=tokenizer(),
         data_collator=Collator(pad_token_id=2),
         **curve.keywords,

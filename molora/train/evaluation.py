@@ -10,8 +10,7 @@ from torch import Tensor
 
 from molora.attach.side_inputs import ArgumentReader
 from molora.routing.statistics import accumulator
-
-IGNORED = -100
+from molora.train.filling import without_repeated
 
 
 class TokenMean:
@@ -49,15 +48,7 @@ def counted(
     labels = inputs.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return None
-    found = dict(inputs)
-    state = accelerator.gradient_state
-    if state.end_of_dataloader and state.remainder > 0:
-        # the last batches of all ranks, one after the other, begin with this many rows
-        kept = max(0, state.remainder - accelerator.process_index * len(labels))
-        for name in ("labels", "shift_labels"):
-            if isinstance(found.get(name), Tensor):
-                found[name] = found[name].clone()
-                found[name][kept:] = IGNORED
+    found = without_repeated(inputs, accelerator)
     count = arguments.supervised((), found)
     assert count is not None
     return found, count

@@ -14,7 +14,7 @@ from molora.attach import Mixture
 from molora.attach.saving import base_fingerprint, save_mixture
 from molora.attach.side_inputs import SIDE_COLUMNS, ArgumentReader
 from molora.errors import ConfigError
-from molora.train import checkpoints, evaluation, quantized, refusals, trackers
+from molora.train import checkpoints, evaluation, filling, quantized, refusals, trackers
 from molora.train.checkpointing import MixtureCheckpointing
 from molora.train.gather import gathered, gathered_state
 from molora.train.guard import RunCallback
@@ -203,6 +203,14 @@ class MixtureTrainerMixin(_Trainer):
         return super()._get_grad_norm(model, grad_norm)
 
     # ------------------------------------------------------------------ loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """As the Trainer's; rows that only fill up the end of an epoch are not learnt again."""
+        samples, number = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if number is not None and filling.fills_up(self.accelerator):
+            samples[-1] = filling.without_repeated(samples[-1], self.accelerator)
+            number = self._get_num_items_in_batch(samples, device)
+        return samples, number
 
     def compute_loss(
         self,

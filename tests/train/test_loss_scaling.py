@@ -222,22 +222,27 @@ def test_the_number_of_processes_scales_all_of_the_loss_alike(
 
 class OtherRows:
     """A collator for models whose labels are not shifted inputs: answers of other lengths for
-    encoder-decoders, a class for classifiers."""
+    encoder-decoders, a class for classifiers; none for rows of the lengths in `idle`."""
 
-    def __init__(self, family: str) -> None:
+    def __init__(self, family: str, idle: Sequence[int]) -> None:
         self.family = family
+        self.idle = idle
         self.batches: list[dict[str, Tensor]] = []
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         rows = [torch.tensor(example["input_ids"]) for example in examples]
-        labels = [row[: 1 + len(row) // 3] for row in rows]
+        labels = [row[: 1 + len(row) // 3] if self.family == "t5" else row[0] % 3 for row in rows]
+        labels = [
+            torch.full_like(answer, -100) if len(row) in self.idle else answer
+            for row, answer in zip(rows, labels, strict=True)
+        ]
         self.batches.append(
             {
                 "input_ids": padded(rows),
                 "attention_mask": padded([torch.ones_like(row) for row in rows]),
                 "labels": padded(labels, value=-100)
                 if self.family == "t5"
-                else torch.stack([row[0] % 3 for row in rows]),
+                else torch.stack(labels),
             }
         )
         return {name: tensor.clone() for name, tensor in self.batches[-1].items()}
@@ -248,7 +253,7 @@ class TestModelsWhoseLossIsAMeanWhateverTheyAreTold:
     """T5 and classifiers take num_items_in_batch, and do not look at it."""
 
     def step(
-        self, family: str, cls: Any, directory: Path, accumulate: int
+        self, family: str, cls: Any, directory: Path, accumulate: int, idle: Sequence[int] = ()
     ) -> tuple[Grads, list[dict[str, Tensor]]]:
         mixture = self.mixture(family, LOSSES)
         before = {name: tensor.clone() for name, tensor in mixture.state_dict().items()}
@@ -264,7 +269,7 @@ class TestModelsWhoseLossIsAMeanWhateverTheyAreTold:
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
-        collator = OtherRows(family)
+        collator = OtherRows(family, idle)
         trainer = cls(
             mixture.model,
             arguments,
@@ -302,6 +307,14 @@ class TestModelsWhoseLossIsAMeanWhateverTheyAreTold:
         self, family: str, accumulate: int, tmp_path: Path
     ) -> None:
         found, batches = self.step(family, Trainer, tmp_path, accumulate)
+        assert distance(found, self.reference(family, batches)) < 1e-6
+
+    def test_a_micro_batch_without_a_label_counts_nothing(
+        self, family: str, tmp_path: Path
+    ) -> None:
+        found, batches = self.step(family, Trainer, tmp_path, 8, idle=(5, 7))
+        counts = [int((batch["labels"] != -100).sum()) for batch in batches]
+        assert counts.count(0) == 2
         assert distance(found, self.reference(family, batches)) < 1e-6
 
     def test_the_plain_trainer_adds_up_means(self, family: str, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import molora
 from molora.io import newest_complete, read_manifest, read_tensors
-from molora.train import SFTTrainer, train
+from molora.train import SFTTrainer, filling, train
 from molora.train.gather import gathered
 
 LAYOUTS = {"2x1x4": (4, 1), "2x2x2": (2, 2), "2x4x1": (1, 4)}
@@ -92,6 +92,17 @@ def curve(directory: Path, name: str, stage: str) -> dict[str, Any]:
     found["everyones"] = everyones(found["curves"])
     _write(state(trainer), directory / f"curve-{name}-{stage}.safetensors")
     return found
+
+
+def repeated(directory: Path, name: str) -> list[float]:
+    """The losses of a curve if rows that fill up the last batches were learnt again."""
+    fills_up, filling.fills_up = filling.fills_up, lambda accelerator: False
+    try:
+        trainer = trainer_of(CURVES[name], directory / "out", **options_of("none"))
+        losses: list[float] = trained(trainer)["curves"]["loss"]
+    finally:
+        filling.fills_up = fills_up
+    return losses
 
 
 def fault(directory: Path, stage: str, kind: str) -> dict[str, Any]:
