@@ -27,8 +27,8 @@ class Footprint:
     buffers: int
     """Space for gradients on their way to other processes, kept between steps."""
     transient: int
-    """At most beside the above during forward and backward: gradients that are not yet divided, and
-    weights that are gathered."""
+    """At most beside the above: gradients that are not yet divided, the share of gradients that the
+    update copies into one tensor, and weights that are gathered. AdamW is taken to be fused."""
     host: int = 0
     """Of CPU memory, with offload."""
 
@@ -74,9 +74,9 @@ def footprint(tensors: Tensors, *, processes: int, zero: Mapping[str, Any] | Non
     copy = min(bucket, trained)
     if stage < 3:
         # ZeRO-1 divides gradients when all are there
+        backward = bucket + (trained if stage == 1 else copy)
         return Footprint(
-            *(frozen, trained + share, share, 2 * share, 0),
-            transient=bucket + (trained if stage == 1 else copy),
+            *(frozen, trained + share, share, 2 * share, 0), transient=max(backward, share)
         )
     whole = whole_bytes(tensors, zero)
     # what is gathered at once, which comes as shares and is then put together
@@ -89,7 +89,7 @@ def footprint(tensors: Tensors, *, processes: int, zero: Mapping[str, Any] | Non
         gradients=0 if offloaded else share,
         moments=0 if offloaded else 2 * share,
         buffers=bucket,
-        transient=gathered_bytes(tensors, zero) + max(copy, arriving),
+        transient=max(gathered_bytes(tensors, zero) + max(copy, arriving), share),
         host=divided + 6 * share if offloaded else 0,
     )
 

@@ -55,7 +55,8 @@ def traffic(
 
     DDP and ZeRO-1 sum gradients once a step, ZeRO-2 and 3 once a micro-batch. ZeRO-1 and 2 sum them
     for all processes, although each needs a share only, and then collect what was updated: 3/2 of
-    the ideal. ZeRO-3 sums for the owner of a share, and fetches weights for every micro-batch.
+    the ideal; without `use_multi_rank_bucket_allreduce` they sum for the owner of a share, as
+    ZeRO-3 does, which also fetches weights for every micro-batch.
 
     Args:
         tensors: the model's.
@@ -70,7 +71,8 @@ def traffic(
         return Traffic(2 * others * trained, 0, 0)
     if stage < 3:
         sums = 1 if stage == 1 else accumulation
-        return Traffic(2 * others * trained * sums, others * trained, 0)
+        receivers = 2 if zero.get("use_multi_rank_bucket_allreduce", True) else 1
+        return Traffic(receivers * others * trained * sums, others * trained, 0)
     assert fetches is not None
     once = whole_bytes(tensors, zero)
     return Traffic(

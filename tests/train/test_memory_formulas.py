@@ -133,11 +133,13 @@ def test_peak_holds_what_is_saved_and_the_logits_gradient(checkpointing: bool) -
         ({"stage": 0}, 4, (1200, 400, 400, 800, 400, 0)),
         ({**ZERO, "stage": 1}, 4, (1200, 500, 100, 200, 0, 4400)),
         ({**ZERO, "stage": 2}, 4, (1200, 500, 100, 200, 0, 4400)),
-        ({**ZERO, "stage": 2, "reduce_bucket_size": 10}, 4, (1200, 500, 100, 200, 0, 80)),
+        ({**ZERO, "stage": 2, "reduce_bucket_size": 15}, 4, (1200, 500, 100, 200, 0, 120)),
+        # the update's copy of the share
+        ({**ZERO, "stage": 2, "reduce_bucket_size": 1}, 4, (1200, 500, 100, 200, 0, 100)),
         # all is gathered at once, 1600, and arrives as so much more
         (ZERO, 4, (300, 200, 100, 200, 4000, 3200)),
     ],
-    ids=["one", "ddp", "zero0", "zero1", "zero2", "zero2_bucket", "zero3"],
+    ids=["one", "ddp", "zero0", "zero1", "zero2", "zero2_bucket", "zero2_share", "zero3"],
 )
 def test_footprint_of_an_engine(
     zero: dict[str, Any] | None, processes: int, expected: tuple[int, ...]
@@ -175,11 +177,12 @@ def test_small_tensors_are_whole_under_zero3() -> None:
         ({**ZERO, "stage": 1}, 3, 600 + 300),
         ({**ZERO, "stage": 2}, 3, 3 * 600 + 300),
         ({**ZERO, "stage": 2}, 1, 600 + 300),
+        ({**ZERO, "stage": 2, "use_multi_rank_bucket_allreduce": False}, 1, 300 + 300),
         # gradients to their owners, and what is fetched: 7 · 2 + 5 · 4 bytes, of it 3/4
         (ZERO, 1, 300 + 0.75 * 34),
         (ZERO, 3, 3 * (300 + 0.75 * 34)),
     ],
-    ids=["ddp", "zero1", "zero2", "zero2_one", "zero3_one", "zero3"],
+    ids=["ddp", "zero1", "zero2", "zero2_one", "zero2_owners", "zero3_one", "zero3"],
 )
 def test_traffic_of_an_engine(zero: dict[str, Any] | None, sums: int, expected: float) -> None:
     fetches = Fetches(frozen=7, trained=5)
