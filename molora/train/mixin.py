@@ -37,7 +37,7 @@ class MixtureTrainerMixin(_Trainer):
     * Auxiliary losses enter the loss here, in `compute_loss`, whichever way the Trainer makes it:
       a micro-batch's count by its share of the batch's supervised tokens, as its cross entropy
       does, so the gradient does not depend on accumulation or on the number of processes.
-    * Rows that only fill up the last batches of several processes are not learnt twice, and the loss
+    * Rows that only fill up the last batches of several processes are not learnt twice; the loss
       of an evaluation is a mean over the supervised tokens of all rows.
     * The optimiser holds what the mixture declares, in the groups of `Mixture.parameter_groups`.
     * Checkpoints and `save_model` hold the mixture alone, readable by `molora.load`.
