@@ -35,6 +35,7 @@ from typing import Any
 # a spinning OpenMP thread slows every other process, and with it the measurement
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import psutil
 import torch
 from allocations import most_allocated
 from scaling_page import EXPERTS, STATE_BATCH, page
@@ -105,29 +106,27 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         "zero": json.loads(args.zero),
     }
     rates: dict[str, dict[int, list[float]]] = {name: {1: [], 2: []} for name in args.engines}
-    waits: dict[str, list[float]] = {name: [] for name in args.engines}
-    loads = []
+    busy = []
     for repeat in range(args.repeats):
         for processes in (1, 2) if repeat % 2 == 0 else (2, 1):
-            loads.append(round(os.getloadavg()[0], 2))
+            # the load average would count the launch before
+            busy.append(psutil.cpu_percent(interval=1))
             for result in launch(job, processes=processes):
                 name, seconds = result["engine"], statistics.median(result["seconds"])
                 rates[name][processes].append(processes * args.tokens / seconds)
-                if processes == 2:
-                    waits[name].append(spent(result["communication"]) / seconds)
     return {
         "hidden": args.hidden,
         "tokens": args.tokens,
         "repeats": args.repeats,
         "steps": args.steps,
-        "loads": loads,
+        "busy": busy,
         "trainables": sum(EXPERTS.weights(decoder)),
-        "engines": [summary(name, rates[name], waits[name]) for name in args.engines],
+        "engines": [summary(name, rates[name]) for name in args.engines],
     }
 
 
-def summary(name: str, rates: Mapping[int, Sequence[float]], waits: Sequence[float]) -> dict:
-    """Medians over the repeats; `waits` are shares of a step that collectives took."""
+def summary(name: str, rates: Mapping[int, Sequence[float]]) -> dict:
+    """Medians over the repeats."""
     ratios = [two / one for one, two in zip(rates[1], rates[2], strict=True)]
     return {
         "engine": name,
@@ -135,13 +134,7 @@ def summary(name: str, rates: Mapping[int, Sequence[float]], waits: Sequence[flo
         "two": round(statistics.median(rates[2])),
         "ratio": round(statistics.median(ratios), 3),
         "ratios": [round(ratio, 3) for ratio in ratios],
-        "waiting": round(statistics.median(waits), 3),
     }
-
-
-def spent(operations: Mapping[str, Sequence[Sequence[float]]]) -> float:
-    """Seconds in collectives, waiting for the other process included."""
-    return sum(seconds for sizes in operations.values() for _, _, seconds in sizes)
 
 
 def sent(operations: Mapping[str, Sequence[Sequence[float]]], *, processes: int) -> float:

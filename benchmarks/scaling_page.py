@@ -245,27 +245,24 @@ def activation_table(measured: Mapping[str, Any]) -> str:
 
 
 def speed_table(measured: Mapping[str, Any]) -> Iterator[str]:
-    loads = measured["loads"]
     yield (
         f"**Speed.** Hidden {measured['hidden']}, 4 layers, float32, "
         f"{measured['trainables'] / 1e6:.2f} · 10⁶ trainables, {measured['tokens']} tokens a "
         f"process and step (weak scaling), one thread a process, {made_by(measured)}. Medians of "
-        f"{measured['repeats']} launches of each, in turn, of {measured['steps']} steps; load of "
-        f"the machine before a launch {min(loads)} to {max(loads)}. “No communication” is two "
-        "processes that do not know of each other: all that two cores with one memory can give. "
-        "Waiting is the share of a step spent in collectives, which includes waiting for the other "
-        "process."
+        f"{measured['repeats']} launches of each, in turn, of {measured['steps']} steps; in the "
+        f"second before a launch the cores were at most {max(measured['busy'])} % busy. “No "
+        "communication” is two processes that do not know of each other: all that two cores with "
+        "one memory can give."
     )
     rows = [
         [
             NAMES[found["engine"]],
             *(f"{found['one']:,}", f"{found['two']:,}", f"{found['ratio']:.2f} ×"),
             f"{min(found['ratios']):.2f}–{max(found['ratios']):.2f}",
-            f"{found['waiting']:.1%}" if found["waiting"] else "–",
         ]
         for found in measured["engines"]
     ]
-    head = ["engine", "1 process, tokens/s", "2 processes", "ratio", "of the launches", "waiting"]
+    head = ["engine", "1 process, tokens/s", "2 processes", "ratio", "of the launches"]
     yield table(head, rows)
 
 

@@ -51,8 +51,8 @@ TRAFFIC_FOOT = """
 * **ZeRO-1 and 2** send 3/2 of the least: DeepSpeed sums gradients for all processes, although
   each needs its share only, and then collects the updated shares. ZeRO-2 does the first in every
   micro-batch, ZeRO-1 once a step. With `use_multi_rank_bucket_allreduce: false` in a file for
-  `train.deepspeed` they send the least, in one sum for each owner of a share. They save (n − 1)/n
-  · 3 G of memory and DDP's buckets, not the base.
+  `train.deepspeed` they send the least, in one sum for each owner of a share. They save 4 (n −
+  1)/n · G of memory, not the base.
 * **ZeRO-3** divides the base and therefore sends it: all of F once in the forward and once in the
   backward pass of every micro-batch, less what is still there (up to 10⁹ elements), which has
   nothing to do with how little is trained. With gradient checkpointing frozen weights are fetched

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -42,10 +43,21 @@ def scaling() -> ModuleType:
         sys.path.remove(str(BENCHMARKS))
 
 
+def test_the_page_is_what_the_script_writes(scaling: ModuleType, tmp_path: Path) -> None:
+    page = scaling.page_text()
+    assert (BENCHMARKS.parent / "docs" / "scaling.md").read_text(encoding="utf-8") == page
+    # seen to depend on what was measured
+    measured = json.loads(scaling.MEASURED.read_text(encoding="utf-8"))
+    measured["speed"]["engines"][0]["one"] += 1
+    changed = tmp_path / "scaling.json"
+    changed.write_text(json.dumps(measured), encoding="utf-8")
+    assert scaling.page_text(changed) != page
+
+
 def test_speed_is_the_median_of_launches(scaling: ModuleType) -> None:
-    found = scaling.summary("zero2", {1: [100.0, 90.0, 110.0], 2: [150.0, 171.0, 176.0]}, [0.1])
+    found = scaling.summary("zero2", {1: [100.0, 90.0, 110.0], 2: [150.0, 171.0, 176.0]})
     assert found["ratios"] == [1.5, 1.9, 1.6]
-    assert (found["one"], found["two"], found["ratio"], found["waiting"]) == (100, 171, 1.6, 0.1)
+    assert (found["one"], found["two"], found["ratio"]) == (100, 171, 1.6)
 
 
 def test_bytes_sent_are_those_of_rings(scaling: ModuleType) -> None:
@@ -87,7 +99,7 @@ def test_a_process_holds_what_the_formula_says(
     gathers = found["operations"].get("all_gather_into_tensor", [])
     copies = 4 * 2 * max((size for size, _, _ in gathers), default=0)
     bound = held.peak + held.host + activations.peak(DEEP, EXPERTS, BATCH)
-    assert 0.75 * bound < found["peak"] < bound + copies
+    assert 0.75 * bound < found["peak"] < 1.01 * bound + copies
     # the test would tell engines apart
     others = [
         other

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from resumable import At, Killed, everything, kill, logged, trainer_in
 from torch import Tensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from molora.train import SFTTrainer
 
@@ -50,8 +51,9 @@ def engine(stage: str) -> dict[str, Any] | None:
 
 def make(out: Path, stage: str, **options: Any) -> SFTTrainer:
     """The run of `resumable` with its four rows a step and process."""
-    # each trainer is of a process of its own, as far as accelerate knows
+    # each trainer is of a process of its own, as far as accelerate and transformers know
     AcceleratorState._reset_state()
+    unset_hf_deepspeed_config()
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     return trainer_in(
         out,

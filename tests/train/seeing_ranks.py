@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from seeing import reports_of, trainer_in
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from molora.train import SFTTrainer
 
@@ -60,8 +61,9 @@ class Counts:
 
 def scenario(directory: Path, stage: str) -> dict[str, Any]:
     """The reports of a run, and what every rank counted itself in the only window."""
-    # each trainer is of a process of its own, as far as accelerate knows
+    # each trainer is of a process of its own, as far as accelerate and transformers know
     AcceleratorState._reset_state()
+    unset_hf_deepspeed_config()
     options = {"deepspeed": engine(stage), "use_cpu": True, "ddp_find_unused_parameters": False}
     trainer = trainer_in(directory / stage, rows_per_process=4, **options)
     counts = Counts(trainer)
