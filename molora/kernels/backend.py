@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from molora.errors import BackendError
 from molora.kernels import lora_mix, lora_rows
+
+_counters: list[Counter[tuple[str, str]]] = []
 
 
 @dataclass(frozen=True)
@@ -20,9 +24,35 @@ class Backend:
     lora_rows: Callable[..., Tensor]
 
 
+def counted(op: str, name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, whose calls `count_calls` sees."""
+
+    def call(*args: object, **kwargs: object) -> Tensor:
+        for counter in _counters:
+            counter[op, name] += 1
+        return function(*args, **kwargs)
+
+    return call
+
+
+@contextmanager
+def count_calls() -> Iterator[Counter[tuple[str, str]]]:
+    """Count the kernels that run inside, by (op, backend)."""
+    counter: Counter[tuple[str, str]] = Counter()
+    _counters.append(counter)
+    try:
+        yield counter
+    finally:
+        _counters[:] = [other for other in _counters if other is not counter]
+
+
+def _made(name: str, mix: Callable[..., Tensor], rows: Callable[..., Tensor]) -> Backend:
+    return Backend(name, counted("lora_mix", name, mix), counted("lora_rows", name, rows))
+
+
 BACKENDS: dict[str, Backend] = {
-    "reference": Backend("reference", lora_mix.reference.lora_mix, lora_rows.reference.lora_rows),
-    "dense": Backend("dense", lora_mix.dense.lora_mix, lora_rows.dense.lora_rows),
+    "reference": _made("reference", lora_mix.reference.lora_mix, lora_rows.reference.lora_rows),
+    "dense": _made("dense", lora_mix.dense.lora_mix, lora_rows.dense.lora_rows),
 }
 
 

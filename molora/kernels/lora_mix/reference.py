@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from molora.kernels.base import Base
+
 
 def lora_mix(
     x_TD: Tensor,
@@ -13,6 +15,8 @@ def lora_mix(
     lora_A_ERD: Tensor,
     lora_B_EFR: Tensor,
     scaling_E: Tensor,
+    *,
+    base: Base | None = None,
 ) -> Tensor:
     """The gated sum of low-rank updates of each row.
 
@@ -23,9 +27,11 @@ def lora_mix(
         lora_A_ERD: down-projections; (1, R, D) is shared by all experts.
         lora_B_EFR: up-projections.
         scaling_E: factor of each expert.
+        base: the frozen linear that x goes through too, in the dtype of x.
 
     Returns:
-        (T, F) in the dtype of x. Differentiable in x, gates, A and B.
+        (T, F) in the dtype of x: the update, or with a base its product and the update.
+        Differentiable in x, gates, A and B.
     """
     dtype = x_TD.dtype
     lora_A_ERD = lora_A_ERD.to(dtype).expand(lora_B_EFR.shape[0], -1, -1)
@@ -35,4 +41,5 @@ def lora_mix(
     if gates_TK is not None and expert_index_TK is not None:
         gates_TE = torch.zeros_like(h_TER[:, :, 0]).scatter(1, expert_index_TK, gates_TK.to(dtype))
         h_TER = h_TER * gates_TE[:, :, None]
-    return torch.einsum("ter,efr->tf", h_TER, lora_B_EFR.to(dtype))
+    delta_TF = torch.einsum("ter,efr->tf", h_TER, lora_B_EFR.to(dtype))
+    return delta_TF if base is None else base.product(x_TD) + delta_TF
