@@ -53,6 +53,7 @@ def _made(name: str, mix: Callable[..., Tensor], rows: Callable[..., Tensor]) ->
 BACKENDS: dict[str, Backend] = {
     "reference": _made("reference", lora_mix.reference.lora_mix, lora_rows.reference.lora_rows),
     "dense": _made("dense", lora_mix.dense.lora_mix, lora_rows.dense.lora_rows),
+    "grouped": _made("grouped", lora_mix.grouped.lora_mix, lora_rows.grouped.lora_rows),
 }
 
 

@@ -1,5 +1,5 @@
 """delta_TKF = scaling · B A x of every chosen expert, one file per backend."""
 
-from molora.kernels.lora_rows import dense, reference
+from molora.kernels.lora_rows import dense, grouped, reference
 
-__all__ = ["dense", "reference"]
+__all__ = ["dense", "grouped", "reference"]

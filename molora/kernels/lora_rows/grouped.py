@@ -1,0 +1,103 @@
+"""Only the chosen experts, each on its own rows: rows sorted into groups, one product per group.
+
+The down-projection is that of `lora_mix.grouped`. Up-projections go slot by slot of a group, so
+that each writes rows of its own. Between forward and backward only x and the intermediate are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from molora.kernels.grouped_product import grouped_outer, grouped_product
+from molora.kernels.lora_mix.grouped import down
+from molora.kernels.plan import RowPlan, plan_rows
+
+
+def lora_rows(
+    x_TD: Tensor,
+    expert_index_TK: Tensor,
+    lora_A_ERD: Tensor,
+    lora_B_EFR: Tensor,
+    scaling_E: Tensor,
+    *,
+    plan: RowPlan | None = None,
+) -> Tensor:
+    """As `reference.lora_rows`; `plan` is that of `expert_index_TK`, where ops share a decision."""
+    if plan is None:
+        plan = plan_rows(expert_index_TK, len(lora_B_EFR))
+    (h_NP,) = down(x_TD, [lora_A_ERD], plan)
+    rows_MF = _Up.apply(expert_index_TK.shape[1], h_NP, lora_B_EFR, scaling_E, *plan.tensors())
+    return rows_MF.unflatten(0, expert_index_TK.shape)
+
+
+class _Up(torch.autograd.Function):
+    """(T·K, F): scaling · B h of every slot of every row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, top_k: int, h_NP: Tensor, lora_B: Tensor, scaling_E: Tensor, *tensors: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(h_NP, lora_B, scaling_E, *tensors)
+        ctx.top_k = top_k
+        plan = RowPlan(*tensors)
+        scaled_NSR = _scaled(h_NP, lora_B, scaling_E, plan)
+        up_ERF = lora_B.to(h_NP.dtype).transpose(1, 2).contiguous()
+        rows_MF = h_NP.new_empty(plan.slot_NS.numel(), lora_B.shape[1])
+        for s, place_N in enumerate(_places(plan, top_k)):
+            up_GRF = _of_member(up_ERF, plan, s)
+            delta_NF = grouped_product(scaled_NSR[:, s], up_GRF, plan.offsets_G)
+            rows_MF.index_copy_(0, place_N, delta_NF)
+        return rows_MF
+
+    @staticmethod
+    # the intermediate is saved as a constant, so a second derivative would silently lack its part
+    @once_differentiable
+    def backward(ctx: Any, grad_MF: Tensor) -> tuple[Tensor | None, ...]:
+        h_NP, lora_B, scaling_E, *tensors = ctx.saved_tensors
+        plan = RowPlan(*tensors)
+        _, needs_h, needs_B, *_ = ctx.needs_input_grad
+        scaled_NSR = _scaled(h_NP, lora_B, scaling_E, plan)
+        up_ERF = lora_B.to(h_NP.dtype).transpose(1, 2).contiguous()
+        grad_ERF = up_ERF.new_zeros(up_ERF.shape, dtype=lora_B.dtype) if needs_B else None
+        grad_NSR = torch.empty_like(scaled_NSR) if needs_h else None
+        for s, place_N in enumerate(_places(plan, ctx.top_k)):
+            sorted_NF = grad_MF.index_select(0, place_N)
+            if grad_ERF is not None:
+                part_GRF = grouped_outer(scaled_NSR[:, s], sorted_NF, plan.offsets_G)
+                grad_ERF.index_add_(0, plan.members_GS[:, s], part_GRF.to(lora_B.dtype))
+            if grad_NSR is not None:
+                down_GFR = _of_member(up_ERF, plan, s).transpose(1, 2)
+                grad_NSR[:, s] = grouped_product(sorted_NF, down_GFR, plan.offsets_G)
+        grad_h = None
+        if grad_NSR is not None:
+            grad_NSR *= _scaling(scaling_E, plan, h_NP.dtype)
+            shared = h_NP.shape[1] < scaled_NSR.shape[1] * scaled_NSR.shape[2]
+            grad_h = grad_NSR.sum(dim=1) if shared else grad_NSR.flatten(1)
+        grad_B = None if grad_ERF is None else grad_ERF.transpose(1, 2)
+        return None, grad_h, grad_B, None, *[None] * 5
+
+
+def _scaled(h_NP: Tensor, lora_B: Tensor, scaling_E: Tensor, plan: RowPlan) -> Tensor:
+    """scaling · A x by member of the group, (N, S, R)."""
+    h_NSR = h_NP.unflatten(1, (-1, lora_B.shape[2])).expand(-1, plan.members_GS.shape[1], -1)
+    return h_NSR * _scaling(scaling_E, plan, h_NP.dtype)
+
+
+def _scaling(scaling_E: Tensor, plan: RowPlan, dtype: torch.dtype) -> Tensor:
+    return scaling_E.to(dtype)[plan.expert_NS][..., None]
+
+
+def _of_member(up_ERF: Tensor, plan: RowPlan, position: int) -> Tensor:
+    """(G, R, F): the factors of every group's member at one position."""
+    if plan.members_GS.shape[1] == 1:  # group e is expert e
+        return up_ERF
+    return up_ERF.index_select(0, plan.members_GS[:, position])
+
+
+def _places(plan: RowPlan, top_k: int) -> list[Tensor]:
+    """For every position in a group, the index of each sorted row among the T·K slots."""
+    return list((plan.order_N[:, None] * top_k + plan.slot_NS).unbind(dim=1))
