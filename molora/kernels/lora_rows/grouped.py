@@ -13,7 +13,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from molora.kernels.grouped_product import grouped_outer, grouped_product
-from molora.kernels.lora_mix.grouped import down
+from molora.kernels.lora_mix.grouped import (
+    down,
+    down_factor_gradient,
+    down_input_gradient,
+    per_member,
+    summed_where_shared,
+)
 from molora.kernels.plan import RowPlan, plan_rows
 
 
@@ -29,21 +35,28 @@ def lora_rows(
     """As `reference.lora_rows`; `plan` is that of `expert_index_TK`, where ops share a decision."""
     if plan is None:
         plan = plan_rows(expert_index_TK, len(lora_B_EFR))
-    (h_NP,) = down(x_TD, [lora_A_ERD], plan)
-    rows_MF = _Up.apply(expert_index_TK.shape[1], h_NP, lora_B_EFR, scaling_E, *plan.tensors())
+    top_k = expert_index_TK.shape[1]
+    rows_MF = _Rows.apply(top_k, x_TD, lora_A_ERD, lora_B_EFR, scaling_E, *plan.tensors())
     return rows_MF.unflatten(0, expert_index_TK.shape)
 
 
-class _Up(torch.autograd.Function):
-    """(T·K, F): scaling · B h of every slot of every row."""
+class _Rows(torch.autograd.Function):
+    """(T·K, F): scaling · B A x of every slot of every row."""
 
     @staticmethod
     def forward(
-        ctx: Any, top_k: int, h_NP: Tensor, lora_B: Tensor, scaling_E: Tensor, *tensors: Tensor
+        ctx: Any,
+        top_k: int,
+        x_TD: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling_E: Tensor,
+        *tensors: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(h_NP, lora_B, scaling_E, *tensors)
-        ctx.top_k = top_k
         plan = RowPlan(*tensors)
+        h_NP = down(x_TD, lora_A, plan)
+        ctx.save_for_backward(x_TD, lora_A, lora_B, scaling_E, h_NP, *tensors)
+        ctx.top_k = top_k
         scaled_NSR = _scaled(h_NP, lora_B, scaling_E, plan)
         up_ERF = lora_B.to(h_NP.dtype).transpose(1, 2).contiguous()
         rows_MF = h_NP.new_empty(plan.slot_NS.numel(), lora_B.shape[1])
@@ -57,34 +70,35 @@ class _Up(torch.autograd.Function):
     # the intermediate is saved as a constant, so a second derivative would silently lack its part
     @once_differentiable
     def backward(ctx: Any, grad_MF: Tensor) -> tuple[Tensor | None, ...]:
-        h_NP, lora_B, scaling_E, *tensors = ctx.saved_tensors
+        x_TD, lora_A, lora_B, scaling_E, h_NP, *tensors = ctx.saved_tensors
         plan = RowPlan(*tensors)
-        _, needs_h, needs_B, *_ = ctx.needs_input_grad
+        _, needs_x, needs_A, needs_B, *_ = ctx.needs_input_grad
         scaled_NSR = _scaled(h_NP, lora_B, scaling_E, plan)
         up_ERF = lora_B.to(h_NP.dtype).transpose(1, 2).contiguous()
-        grad_ERF = up_ERF.new_zeros(up_ERF.shape, dtype=lora_B.dtype) if needs_B else None
-        grad_NSR = torch.empty_like(scaled_NSR) if needs_h else None
+        grad_ERF = torch.zeros_like(up_ERF, dtype=lora_B.dtype) if needs_B else None
+        grad_NSR = torch.empty_like(scaled_NSR)
         for s, place_N in enumerate(_places(plan, ctx.top_k)):
             sorted_NF = grad_MF.index_select(0, place_N)
             if grad_ERF is not None:
                 part_GRF = grouped_outer(scaled_NSR[:, s], sorted_NF, plan.offsets_G)
                 grad_ERF.index_add_(0, plan.members_GS[:, s], part_GRF.to(lora_B.dtype))
-            if grad_NSR is not None:
+            if needs_x or needs_A:
                 down_GFR = _of_member(up_ERF, plan, s).transpose(1, 2)
                 grad_NSR[:, s] = grouped_product(sorted_NF, down_GFR, plan.offsets_G)
-        grad_h = None
-        if grad_NSR is not None:
-            grad_NSR *= _scaling(scaling_E, plan, h_NP.dtype)
-            shared = h_NP.shape[1] < scaled_NSR.shape[1] * scaled_NSR.shape[2]
-            grad_h = grad_NSR.sum(dim=1) if shared else grad_NSR.flatten(1)
+        grad_x = grad_A = None
+        grad_NSR *= _scaling(scaling_E, plan, h_NP.dtype)
+        grad_NP = summed_where_shared(grad_NSR, lora_A)
+        if needs_x:
+            grad_x = down_input_gradient(None, grad_NP, len(x_TD), lora_A, plan)
+        if needs_A:
+            grad_A = down_factor_gradient(grad_NP, x_TD, lora_A, plan)
         grad_B = None if grad_ERF is None else grad_ERF.transpose(1, 2)
-        return None, grad_h, grad_B, None, *[None] * 5
+        return None, grad_x, grad_A, grad_B, None, *[None] * 5
 
 
 def _scaled(h_NP: Tensor, lora_B: Tensor, scaling_E: Tensor, plan: RowPlan) -> Tensor:
     """scaling · A x by member of the group, (N, S, R)."""
-    h_NSR = h_NP.unflatten(1, (-1, lora_B.shape[2])).expand(-1, plan.members_GS.shape[1], -1)
-    return h_NSR * _scaling(scaling_E, plan, h_NP.dtype)
+    return per_member(h_NP, lora_B, plan) * _scaling(scaling_E, plan, h_NP.dtype)
 
 
 def _scaling(scaling_E: Tensor, plan: RowPlan, dtype: torch.dtype) -> Tensor:
