@@ -54,6 +54,7 @@ BACKENDS: dict[str, Backend] = {
     "reference": _made("reference", lora_mix.reference.lora_mix, lora_rows.reference.lora_rows),
     "dense": _made("dense", lora_mix.dense.lora_mix, lora_rows.dense.lora_rows),
     "grouped": _made("grouped", lora_mix.grouped.lora_mix, lora_rows.grouped.lora_rows),
+    "gather": _made("gather", lora_mix.gather.lora_mix, lora_rows.gather.lora_rows),
 }
 
 

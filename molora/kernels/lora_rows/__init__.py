@@ -1,5 +1,5 @@
 """delta_TKF = scaling · B A x of every chosen expert, one file per backend."""
 
-from molora.kernels.lora_rows import dense, grouped, reference
+from molora.kernels.lora_rows import dense, gather, grouped, reference
 
-__all__ = ["dense", "grouped", "reference"]
+__all__ = ["dense", "gather", "grouped", "reference"]
