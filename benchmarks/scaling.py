@@ -187,7 +187,7 @@ def activations(args: argparse.Namespace) -> dict[str, Any]:
     ):
         decoder = replace(MEDIUM, layers=args.layers, vocab=vocab)
         itemsize = getattr(torch, dtype).itemsize
-        batch = Batch(2, args.tokens // 2, itemsize=itemsize, mask_itemsize=itemsize)
+        batch = Batch(2, args.tokens // 2, itemsize=itemsize)
         found = kept(decoder, batch, dtype=dtype, checkpointing=checkpointing)
         case = {"decoder": vars(decoder), "dtype": dtype, "checkpointing": checkpointing}
         cases.append({**case, **found})

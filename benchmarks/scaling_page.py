@@ -89,7 +89,7 @@ def memory_tables() -> Iterator[str]:
             f"### {name}: {sum(sizes.frozen) / 1e9:.2f} · 10⁹ frozen, "
             f"{sum(sizes.trained) / 1e6:.0f} · 10⁶ trained\n\n"
             f"Activations: {gb(plain)} GB, or {gb(recomputed)} GB with gradient checkpointing "
-            f"(with dropout {gb(dropped)} GB, since each linear then keeps an input and a mask of "
+            f"(with dropout {gb(dropped)} GB, since each linear then keeps a mask of "
             "its own)."
         )
         yield table(
@@ -222,7 +222,7 @@ def activation_table(measured: Mapping[str, Any]) -> str:
     for case in measured["cases"]:
         decoder = Decoder(**case["decoder"])
         itemsize = {"bfloat16": 2, "float32": 4}[case["dtype"]]
-        batch = Batch(2, tokens // 2, itemsize=itemsize, mask_itemsize=itemsize)
+        batch = Batch(2, tokens // 2, itemsize=itemsize)
         how = {"checkpointing": case["checkpointing"]}
         saved = activations.saved(decoder, EXPERTS, batch, **how)
         peak = activations.peak(decoder, EXPERTS, batch, **how)

@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 # a spinning OpenMP thread slows every other process, and with it the measurement
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import flops
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +37,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import molora
+
+flops.register()
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXPERTS, RANK, TOP_K = 8, 8, 2
@@ -180,11 +183,11 @@ class Counts:
 def count(step: Step) -> Counts:
     """Count one step; the first one is a warm-up that is not counted."""
     step()
-    with FlopCounterMode(display=False) as flops:
+    with FlopCounterMode(display=False) as products:
         step()
     with OpCounter() as ops:
         step()
-    return Counts(flops.get_total_flops(), saved_bytes(step), ops.count)
+    return Counts(products.get_total_flops(), saved_bytes(step), ops.count)
 
 
 def measure(names: list[str], sizes: Sizes, runs: int) -> Iterator[Cost]:

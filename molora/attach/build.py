@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from molora.attach.families import (
+    OUTPUT_NAMES,
     FeedForwardLayout,
     block_in_features,
     feed_forward_layout,
     in_out_features,
     is_cross_attention_memory,
+    plain_linear,
 )
 from molora.attach.plan import Placement
 from molora.config import Capacity, Dense, Group, NormalInit, Sigmoid, Threshold, TopK, TopP
@@ -28,6 +30,7 @@ from molora.modules import (
     Projection,
     RoutingSite,
     SharedDecision,
+    SharedProduct,
 )
 from molora.routing import LinearRouter
 from molora.routing import scores as score_functions
@@ -114,6 +117,7 @@ class Builder:
         self.surgery = surgery
         self.built = Built({}, {}, {}, {})
         self._shared: dict[str, SharedDecision] = {}
+        self._linears: dict[str, MoLoRALinear] = {}
 
     def build(self, placements: tuple[Placement, ...]) -> Built:
         """Put banks and routers on all linears of a plan."""
@@ -128,8 +132,28 @@ class Builder:
                 self._adapt_linear(placement, module, bank)
         for path, members in blocks.items():
             self._adapt_feed_forward(path, members)
+        self._share_products()
         self._check_dtypes()
         return self.built
+
+    def _share_products(self) -> None:
+        """Linears of a block that may read the same tensor make one product of it."""
+        readers: dict[tuple[str, bool, int], list[MoLoRALinear]] = {}
+        for path, linear in self._linears.items():
+            parent, _, name = path.rpartition(".")
+            if name not in OUTPUT_NAMES:
+                in_features, _ = in_out_features(self.model.get_submodule(path))
+                key = (parent, is_cross_attention_memory(path), in_features)
+                readers.setdefault(key, []).append(linear)
+        for (parent, *_), members in readers.items():
+            if len(members) > 1:
+                product = SharedProduct(members)
+                for member in members:
+                    member.product = product
+                block = self.model.get_submodule(parent)
+                self.surgery.handles.append(
+                    block.register_forward_hook(product.forget, always_call=True)
+                )
 
     def _check_dtypes(self) -> None:
         routers = [site.router for site in self.built.sites.values()]
@@ -178,7 +202,15 @@ class Builder:
         if decision is not None:
             site = decision.site if isinstance(decision, SharedDecision) else decision
             self.built.routed_by[placement.path] = site.name
-        glue = MoLoRALinear(module.forward, bank, decision=decision, context=self.context)
+        glue = MoLoRALinear(
+            module,
+            module.forward,
+            bank,
+            decision=decision,
+            context=self.context,
+            plain=plain_linear(module),
+        )
+        self._linears[placement.path] = glue
         self.surgery.set_attribute(module, "forward", glue.forward)
         if not hasattr(module, "in_features"):  # Conv1D
             self.surgery.set_attribute(module, "in_features", placement.in_features)

@@ -106,6 +106,16 @@ def in_out_features(module: nn.Module) -> tuple[int, int]:
     return int(features.in_features), int(features.out_features)
 
 
+def plain_linear(module: nn.Module) -> str | None:
+    """ "linear" or "conv1d" for a linear that is its product with a weight and nothing else.
+
+    None for subclasses, quantised weights and forwards that a library took over.
+    """
+    kinds: dict[type[nn.Module], str] = {nn.Linear: "linear", Conv1D: "conv1d"}
+    whole = type(module.weight) is nn.Parameter and "forward" not in module.__dict__
+    return kinds.get(type(module)) if whole else None
+
+
 def block_in_features(block: nn.Module) -> int:
     """Features of the input of an attention block, an FFN block or a layer.
 

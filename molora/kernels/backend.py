@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -22,6 +22,10 @@ class Backend:
     name: str
     lora_mix: Callable[..., Tensor]
     lora_rows: Callable[..., Tensor]
+    lora_down: Callable[..., tuple[list[Tensor], list[Tensor]]] | None = None
+    lora_up: Callable[..., Tensor] | None = None
+    """The halves of lora_mix, where it has two that may be called apart; their signatures are those
+    of `lora_mix/dense.py`."""
 
 
 def counted(op: str, name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -52,7 +56,11 @@ def _made(name: str, mix: Callable[..., Tensor], rows: Callable[..., Tensor]) ->
 
 BACKENDS: dict[str, Backend] = {
     "reference": _made("reference", lora_mix.reference.lora_mix, lora_rows.reference.lora_rows),
-    "dense": _made("dense", lora_mix.dense.lora_mix, lora_rows.dense.lora_rows),
+    "dense": replace(
+        _made("dense", lora_mix.dense.lora_mix, lora_rows.dense.lora_rows),
+        lora_down=lora_mix.dense.down,
+        lora_up=counted("lora_mix", "dense", lora_mix.dense.up),
+    ),
     "grouped": _made("grouped", lora_mix.grouped.lora_mix, lora_rows.grouped.lora_rows),
     "gather": _made("gather", lora_mix.gather.lora_mix, lora_rows.gather.lora_rows),
 }

@@ -3,6 +3,7 @@
 from molora.modules.context import ForwardContext, SideInputs
 from molora.modules.ffn import MoLoRAFeedForward, Projection
 from molora.modules.linear import MoLoRALinear
+from molora.modules.product import SharedProduct
 from molora.modules.site import RoutingSite, SharedDecision
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "Projection",
     "RoutingSite",
     "SharedDecision",
+    "SharedProduct",
     "SideInputs",
 ]

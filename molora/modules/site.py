@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from molora.errors import AttachError
 from molora.modules.context import ForwardContext
 from molora.routing.record import Routing
+from molora.routing.router import LinearRouter
 from molora.routing.scores import ScoreFunction
-from molora.routing.select import SelectFunction, limit_capacity
+from molora.routing.select import SelectFunction, dense, limit_capacity
 
 
 class RoutingSite:
@@ -46,10 +47,23 @@ class RoutingSite:
         self.stream = stream
         self.context = context
 
-    def decide(self, x: Tensor) -> Routing:
-        """(..., in) → the decision for its rows; recorded if a trace is open."""
+    def linear_weight(self) -> Tensor | None:
+        """The (E, in) weight of a router whose logits are made of its product with the input as it
+        is, which another product may then contain."""
+        router = self.router
+        return router.weight if isinstance(router, LinearRouter) and router.is_product() else None
+
+    def decide(self, x: Tensor, *, logits_TE: Tensor | None = None) -> Routing:
+        """(..., in) → the decision for its rows; recorded if a trace is open.
+
+        `logits_TE` is the product with `linear_weight()`, if it was made already.
+        """
         grid = tuple(x.shape[:-1])
-        logits_TE = self.router(x.reshape(-1, x.shape[-1]))
+        if logits_TE is None:
+            logits_TE = self.router(x.reshape(-1, x.shape[-1]))
+        else:
+            assert isinstance(self.router, LinearRouter)
+            logits_TE = self.router.finish(logits_TE)
         scores_TE = self.score(logits_TE)
         gates_TK, index_TK, selected_TK = self.select(scores_TE)
         if self.capacity is not None and self.router.training:
@@ -61,7 +75,11 @@ class RoutingSite:
                 starts_T=self.context.side.starts(self.stream, grid, x.device),
                 mask_T=self.context.side.rows(self.stream, grid),
             )
-        routing = Routing(logits_TE, scores_TE, gates_TK, index_TK, selected_TK, grid=grid)
+        routing = Routing(
+            *(logits_TE, scores_TE, gates_TK, index_TK, selected_TK),
+            grid=grid,
+            in_order=self.select is dense,
+        )
         if self.context.trace is not None:
             self.context.trace.setdefault(self.name, []).append(routing)
         return routing
@@ -97,7 +115,7 @@ class SharedDecision:
         """Forward hook of the block, also called when it raised."""
         self.site.context.decisions.pop(self.site.name, None)
 
-    def decide(self, x: Tensor) -> Routing:
+    def decide(self, x: Tensor, *, logits_TE: Tensor | None = None) -> Routing:
         """The block's decision, for a linear below it whose input has the same rows."""
         current = self.site.context.decisions.get(self.site.name)
         if current is None or current.grid != tuple(x.shape[:-1]):

@@ -33,6 +33,8 @@ class Routing:
     segment_ids: Tensor | None = None
     """(rows,) int64: which sequence of the batch a row belongs to, from 1, 0 for padding; None
     where each index of the grid's first dimension is one sequence, or sequences are unknown."""
+    in_order: bool = False
+    """Whether slot k is expert k in every row, as in dense routing."""
 
     @property
     def num_experts(self) -> int:
@@ -40,6 +42,8 @@ class Routing:
 
     def dense_gates(self) -> Tensor:
         """(rows, E): the gate of every expert, 0 where it does not act; differentiable."""
+        if self.in_order:
+            return self.gates
         zeros = self.gates.new_zeros(self.gates.shape[0], self.num_experts)
         return zeros.scatter(1, self.expert_index, self.gates)
 

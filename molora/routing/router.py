@@ -45,11 +45,19 @@ class LinearRouter(nn.Module):
                 x_TD = x_TD.float() * torch.empty_like(x_TD, dtype=torch.float32).uniform_(
                     1 - self.jitter, 1 + self.jitter
                 )
-            logits_TE = _Float32Linear.apply(x_TD, self.weight)
-            if self.temperature != 1.0:
-                logits_TE = logits_TE / self.temperature
-            if self.training and self.noise_std > 0:
-                logits_TE = logits_TE + self.noise_std * torch.randn_like(logits_TE)
+            return self.finish(_Float32Linear.apply(x_TD, self.weight))
+
+    def is_product(self) -> bool:
+        """Whether a call is `finish(x Wᵀ)` of the input as it is, which nobody else waits for."""
+        jittered = self.training and self.jitter > 0
+        return not (jittered or self._forward_hooks or self._forward_pre_hooks)
+
+    def finish(self, logits_TE: Tensor) -> Tensor:
+        """x Wᵀ, (T, E) float32 → logits."""
+        if self.temperature != 1.0:
+            logits_TE = logits_TE / self.temperature
+        if self.training and self.noise_std > 0:
+            logits_TE = logits_TE + self.noise_std * torch.randn_like(logits_TE)
         return logits_TE
 
     def extra_repr(self) -> str:

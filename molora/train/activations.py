@@ -21,13 +21,11 @@ class Batch:
     Attributes:
         rows, length: of the batch, padding included.
         itemsize: bytes of an element of the base and of its activations; 2 is bfloat16.
-        mask_itemsize: bytes of an element of a dropout mask: 1 on CUDA, `itemsize` on a CPU.
     """
 
     rows: int
     length: int
     itemsize: int = 2
-    mask_itemsize: int = 1
 
     @property
     def tokens(self) -> int:
@@ -42,10 +40,8 @@ def saved(decoder: Decoder, experts: Experts, batch: Batch, *, checkpointing: bo
         return inputs + _norm(decoder, batch) + head
     # a cosine and a sine for every place and dimension of a head
     rotary = 2 * batch.length * (decoder.attention // decoder.heads) * batch.itemsize
-    # the embeddings need no gradient: the first norm saves nothing, where the last one does, and
-    # the first dropout of q, k and v no mask
-    masks = 3 * batch.tokens * decoder.hidden * batch.mask_itemsize if experts.dropout else 0
-    return decoder.layers * layer(decoder, experts, batch) - masks + rotary + head
+    # the embeddings need no gradient: the first norm saves nothing, where the last one does
+    return decoder.layers * layer(decoder, experts, batch) + rotary + head
 
 
 def layer(decoder: Decoder, experts: Experts, batch: Batch) -> int:
@@ -72,7 +68,8 @@ def mixture(experts: Experts, batch: Batch, *, in_features: int) -> int:
     num_experts, k = experts.num_experts, experts.top_k
     routing = 2 * num_experts * _FLOAT + k * (_INDEX + _FLOAT) + 2 * _FLOAT
     intermediate = num_experts * experts.rank * batch.itemsize
-    dropped = in_features * (batch.itemsize + batch.mask_itemsize) if experts.dropout else 0
+    # a bool of each element
+    dropped = in_features if experts.dropout else 0
     scaling = num_experts * _FLOAT
     return batch.tokens * (routing + intermediate + dropped) + scaling
 

@@ -163,7 +163,10 @@ def test_nothing_outlives_a_forward(config: MixtureConfig, mode: str) -> None:
     kept = []
     for site in mixture.built.sites.values():
         decide = site.decide
-        site.decide = lambda x, decide=decide: (kept.append(weakref.ref(r := decide(x))), r)[1]
+        site.decide = lambda x, decide=decide, **made: (
+            kept.append(weakref.ref(r := decide(x, **made))),
+            r,
+        )[1]
     run()
     assert len(kept) == len(mixture.built.sites)
     assert all(reference() is None for reference in kept)

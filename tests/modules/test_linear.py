@@ -43,7 +43,7 @@ def adapted(selector: Selector | None, backend_name: str = "dense") -> MoLoRALin
         context=context,
     )
     bank = ExpertBank([block], backend=backend(backend_name))
-    return MoLoRALinear(base.forward, bank, decision=site, context=context)
+    return MoLoRALinear(base, base.forward, bank, decision=site, context=context, plain="linear")
 
 
 def parameters(linear: MoLoRALinear) -> list[nn.Parameter]:

@@ -102,7 +102,7 @@ def test_saved_activations_are_counted_to_the_byte(
         model.activation_checkpointing_enable(
             {"use_reentrant": False, "context_fn": molora.checkpoint_context}
         )
-    batch = Batch(rows=2, length=17, itemsize=dtype.itemsize, mask_itemsize=dtype.itemsize)
+    batch = Batch(rows=2, length=17, itemsize=dtype.itemsize)
     expected = activations.saved(DECODER, experts, batch, checkpointing=checkpointing)
     assert saved_by_autograd(model, batch) == expected
     # seen to tell sizes apart

@@ -9,6 +9,7 @@ Between forward and backward only x, the ungated intermediate and the gates are 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -40,13 +41,18 @@ def spread(
 ) -> Tensor | None:
     """(T, E): the gate of every expert, 0 where it does not act; None if all act with gate 1."""
     if gates_TK is None or expert_index_TK is None:
-        return None
+        return gates_TK
     zeros_TE = gates_TK.new_zeros(gates_TK.shape[0], num_experts)
     return zeros_TE.scatter(1, expert_index_TK, gates_TK)
 
 
 def down(
-    x_TD: Tensor, factors: Sequence[Tensor], routers: Sequence[Tensor]
+    x_TD: Tensor,
+    factors: Sequence[Tensor],
+    routers: Sequence[Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    dropout: float = 0.0,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What projections that read the same x make of it, in one product.
 
@@ -54,13 +60,25 @@ def down(
         x_TD: rows.
         factors: the (E, R, D) down-projections of each.
         routers: the (E, D) weights of linear routers.
+        dtype: of the products with factors, if not that of x.
+        dropout: probability with which an element of x is 0, the others growing by its complement.
+            Only the mask is kept for the backward.
 
     Returns:
-        A x of each of `factors`, (T, E·R) in the dtype of x, and logits of each of `routers`,
-        (T, E) in at least float32: lower precision ties in top-k. Differentiable in all inputs.
+        A x of each of `factors`, (T, E·R), and logits of each of `routers`, (T, E) in at least
+        float32: lower precision ties in top-k. Differentiable in all inputs.
     """
-    flat = _Down.apply(x_TD, len(factors), *factors, *routers)
+    arguments = (x_TD, dropout, dtype or x_TD.dtype, len(factors), *factors, *routers)
+    # entering autocast costs as much as a small product
+    with _exact(x_TD.device.type):
+        flat = _Down.apply(*arguments)
     return list(flat[: len(factors)]), list(flat[len(factors) :])
+
+
+def _exact(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off."""
+    on = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
 
 def up(
@@ -92,52 +110,81 @@ def up(
 
 class _Down(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, num_factors: int, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x_TD, *weights)
-        ctx.num_factors = num_factors
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        dropout: float,
+        dtype: torch.dtype,
+        num_factors: int,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        kept_TD, mask_TD = x_TD, None
+        if dropout > 0:
+            kept_TD, mask_TD = torch.native_dropout(x_TD, dropout, True)
+        ctx.save_for_backward(x_TD, mask_TD, *weights)
+        ctx.dropout, ctx.dtype, ctx.num_factors = dropout, dtype, num_factors
         ctx.set_materialize_grads(False)
         outputs: list[Tensor] = []
-        for dtype, members in _products(x_TD.dtype, num_factors, weights):
-            widths = [member.shape[:-1].numel() for member in members]
-            outputs += (x_TD.to(dtype) @ _stacked(members, dtype).T).split(widths, dim=1)
+        for product_dtype, members in _products(dtype, num_factors, weights):
+            product_TP = kept_TD.to(product_dtype) @ _stacked(members, product_dtype).T
+            outputs += product_TP.split(_widths(members), dim=1)
         return tuple(outputs)
 
     @staticmethod
     # x is saved as a constant, so a second derivative would silently lack its part
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x_TD, *weights = ctx.saved_tensors
-        needs_x, _, *needs_weights = ctx.needs_input_grad
+        x_TD, mask_TD, *weights = ctx.saved_tensors
+        kept_TD = _dropped(x_TD, mask_TD, ctx.dropout)
+        needs_x, needs_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         grad_x: Tensor | None = None
         grad_weights: list[Tensor | None] = []
-        for dtype, members in _products(x_TD.dtype, ctx.num_factors, weights):
-            first = len(grad_weights)
-            chosen = slice(first, first + len(members))
+        for dtype, members in _products(ctx.dtype, ctx.num_factors, weights):
+            chosen = slice(len(grad_weights), len(grad_weights) + len(members))
+            if all(grad is None for grad in grads[chosen]):
+                grad_weights += [None] * len(members)
+                continue
             grad_TP = _gradients(grads[chosen], members, x_TD, dtype)
             if needs_x:
-                part = (grad_TP @ _stacked(members, dtype)).to(x_TD.dtype)
-                grad_x = part if grad_x is None else grad_x.add_(part)
+                grad_x = _add_product(grad_x, grad_TP, _stacked(members, dtype), x_TD.dtype)
             if any(needs_weights[chosen]):
-                grad_PD = grad_TP.T @ x_TD.to(dtype)
-                parts = grad_PD.split([member.shape[:-1].numel() for member in members])
+                parts = (grad_TP.T @ kept_TD.to(dtype)).split(_widths(members))
                 grad_weights += [
                     part.view(member.shape).to(member.dtype)
                     for part, member in zip(parts, members, strict=True)
                 ]
             else:
                 grad_weights += [None] * len(members)
-        return grad_x, None, *grad_weights
+        if grad_x is not None:
+            grad_x = _dropped(grad_x, mask_TD, ctx.dropout)
+        return grad_x, None, None, None, *grad_weights
+
+
+def _add_product(sum_TD: Tensor | None, a_TP: Tensor, b_PD: Tensor, dtype: torch.dtype) -> Tensor:
+    if sum_TD is not None and a_TP.dtype == dtype:
+        return torch.addmm(sum_TD, a_TP, b_PD, out=sum_TD)
+    product_TD = (a_TP @ b_PD).to(dtype)
+    return product_TD if sum_TD is None else sum_TD.add_(product_TD)
+
+
+def _dropped(x_TD: Tensor, mask_TD: Tensor | None, dropout: float) -> Tensor:
+    return x_TD if mask_TD is None else x_TD * mask_TD / (1 - dropout)
 
 
 def _products(
     dtype: torch.dtype, num_factors: int, weights: Sequence[Tensor]
 ) -> list[tuple[torch.dtype, Sequence[Tensor]]]:
-    """(dtype of the product, weights that take part): one for all where precision allows."""
+    """(dtype of the product, weights that take part).
+
+    Not one product where both have one dtype: logits would stay in memory with the intermediates.
+    """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    if dtype == wide or num_factors == len(weights):
-        return [(dtype, weights)]
     parts = [(dtype, weights[:num_factors]), (wide, weights[num_factors:])]
-    return parts if num_factors else parts[1:]
+    return [(dtype, members) for dtype, members in parts if members]
+
+
+def _widths(members: Sequence[Tensor]) -> list[int]:
+    return [member.shape[:-1].numel() for member in members]
 
 
 def _stacked(members: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -151,8 +198,8 @@ def _gradients(
 ) -> Tensor:
     """(T, P); an output that nothing read has gradient 0."""
     parts = [
-        x_TD.new_zeros(len(x_TD), member.shape[:-1].numel(), dtype=dtype) if grad is None else grad
-        for grad, member in zip(grads, members, strict=True)
+        x_TD.new_zeros(len(x_TD), width, dtype=dtype) if grad is None else grad
+        for grad, width in zip(grads, _widths(members), strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -176,7 +223,8 @@ class _Up(torch.autograd.Function):
         up_PF = _up_projection(lora_B, h_TP.dtype)
         if x_TD is None or weight is None:
             return gated_TP @ up_PF
-        return Base(weight, bias, transposed).product(x_TD).addmm_(gated_TP, up_PF)
+        y_TF = Base(weight, bias, transposed).product(x_TD)
+        return torch.addmm(y_TF, gated_TP, up_PF, out=y_TF)
 
     @staticmethod
     # the intermediate is saved as a constant, so a second derivative would silently lack its part

@@ -22,8 +22,8 @@ def lora_mix(
 
     Args:
         x_TD: rows; products run in its dtype. Or (E, T, D), an input of its own for every expert.
-        gates_TK, expert_index_TK: which experts act on a row and with what gate; both None: all
-            with gate 1.
+        gates_TK, expert_index_TK: which experts act on a row and with what gate; gates alone: slot
+            k is expert k; both None: all experts with gate 1.
         lora_A_ERD: down-projections; (1, R, D) is shared by all experts.
         lora_B_EFR: up-projections.
         scaling_E: factor of each expert.
@@ -38,8 +38,10 @@ def lora_mix(
     equation = "etd,erd->ter" if x_TD.dim() == 3 else "td,erd->ter"
     h_TER = torch.einsum(equation, x_TD, lora_A_ERD)
     h_TER = h_TER * scaling_E.to(dtype)[:, None]
-    if gates_TK is not None and expert_index_TK is not None:
-        gates_TE = torch.zeros_like(h_TER[:, :, 0]).scatter(1, expert_index_TK, gates_TK.to(dtype))
+    if gates_TK is not None:
+        gates_TE = gates_TK = gates_TK.to(dtype)
+        if expert_index_TK is not None:
+            gates_TE = torch.zeros_like(h_TER[:, :, 0]).scatter(1, expert_index_TK, gates_TK)
         h_TER = h_TER * gates_TE[:, :, None]
     delta_TF = torch.einsum("ter,efr->tf", h_TER, lora_B_EFR.to(dtype))
     return delta_TF if base is None else base.product(x_TD) + delta_TF
