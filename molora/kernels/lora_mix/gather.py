@@ -1,6 +1,6 @@
 """Few rows, as when decoding: the factors of every chosen expert are copied out, a set per slot.
 
-The cost is that of reading T·K experts, however many there are, in a dozen small calls. With many
+The cost is that of reading T·K experts, however many there are, in nine small calls. With many
 rows the copies, T·K·R·(D + F) numbers that a backward keeps, cost more than every other backend.
 """
 
