@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from math import exp, log
 
 import torch
@@ -182,9 +183,10 @@ def calibrate(
         with torch.no_grad():
             rates = {k: _rates(k, dtype, device, effort.runs) for k in ("plain", "grouped")}
         of_dtype = []
-        for case in effort.cases(dtype, device):
-            progress(f"{case.op}, {case.shape.rows} rows, {name}")
-            of_dtype += time_case(case, effort.runs)
+        for op, cases in groupby(effort.cases(dtype, device), key=lambda case: case.op):
+            progress(f"{op} in {name}")
+            for case in cases:
+                of_dtype += time_case(case, effort.runs)
         bare = replace(figures, dtypes={name: DtypeFigures(rates, {})})
         fitted = DtypeFigures(rates, _lines(of_dtype, bare, name))
         whole = Calibration({device: replace(figures, dtypes={name: fitted})})

@@ -18,7 +18,9 @@ import molora as package
 from molora.errors import AttachError
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ["train", "generate", "chat", "inspect", "methods", "schema", "doctor", "data"]
+COMMANDS = [
+    *("train", "generate", "chat", "inspect", "methods", "schema", "doctor", "bench", "data"),
+]
 
 
 def test_version(molora: Callable[..., Any]) -> None:
