@@ -13,8 +13,9 @@ from torch import Tensor
 
 from molora.errors import BackendError
 
-# Rows that a group of a set must hold on average to be worth a copy of its experts' factors.
-ROWS_PER_SET = 16
+# Slots that a set must hold on average to be worth a copy of its experts' factors (one CPU thread,
+# float32, D 512 and 1024, R 8: equal at 18 to 31 slots).
+SLOTS_PER_SET = 32
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def by_set_is_cheaper(num_rows: int, num_experts: int, top_k: int) -> bool:
     A set's product is K·R wide where a slot's is R, and reads each row once instead of K times;
     its price is a copy of K experts' factors for each of the C(E, K) sets.
     """
-    return comb(num_experts, top_k) * ROWS_PER_SET <= max(num_rows, ROWS_PER_SET)
+    num_sets = comb(num_experts, top_k)
+    return num_sets == 1 or num_sets * SLOTS_PER_SET <= num_rows * top_k
 
 
 def all_experts(num_rows: int, num_experts: int, device: torch.device) -> RowPlan:

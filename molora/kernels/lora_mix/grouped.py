@@ -83,7 +83,9 @@ class _Mix(torch.autograd.Function):
             grad_B = of_experts(grad_GPF, plan, lora_B.transpose(1, 2)).transpose(1, 2)
         if needs_x or needs_gates or needs_A:
             up_GPF = of_groups(lora_B.transpose(1, 2), plan, x_TD.dtype)
-            grad_NP = grouped_product(sorted_NF, up_GPF.transpose(1, 2), plan.offsets_G)
+            # products over a long contiguous side are twice as fast as over a strided one
+            up_GFP = up_GPF.contiguous().transpose(1, 2)
+            grad_NP = grouped_product(sorted_NF, up_GFP, plan.offsets_G)
             grad_NSR = grad_NP.unflatten(1, (-1, lora_B.shape[2]))
             if needs_gates and gates_TK is not None:
                 products_NS = (grad_NSR * per_member(h_NP, lora_B, plan)).sum(dim=-1)
@@ -183,11 +185,10 @@ def _weights(
 
 
 def of_groups(factor_ERX: Tensor, plan: RowPlan, dtype: torch.dtype) -> Tensor:
-    """(G, S·R, X): the factors of each group's members, one above the other, contiguous."""
-    factor_ERX = factor_ERX.to(dtype).contiguous()
+    """(G, S·R, X): the factors of each group's members, one above the other."""
     if plan.members_GS.shape[1] == 1:  # group e is expert e
-        return factor_ERX
-    chosen_MRX = factor_ERX.index_select(0, plan.members_GS.flatten())
+        return factor_ERX.to(dtype)
+    chosen_MRX = factor_ERX.to(dtype).contiguous().index_select(0, plan.members_GS.flatten())
     return chosen_MRX.view(len(plan.members_GS), -1, factor_ERX.shape[2])
 
 

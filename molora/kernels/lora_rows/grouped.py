@@ -17,6 +17,7 @@ from molora.kernels.lora_mix.grouped import (
     down,
     down_factor_gradient,
     down_input_gradient,
+    inverse,
     per_member,
     summed_where_shared,
 )
@@ -59,12 +60,14 @@ class _Rows(torch.autograd.Function):
         ctx.top_k = top_k
         scaled_NSR = _scaled(h_NP, lora_B, scaling_E, plan)
         up_ERF = lora_B.to(h_NP.dtype).transpose(1, 2).contiguous()
-        rows_MF = h_NP.new_empty(plan.slot_NS.numel(), lora_B.shape[1])
-        for s, place_N in enumerate(_places(plan, top_k)):
-            up_GRF = _of_member(up_ERF, plan, s)
-            delta_NF = grouped_product(scaled_NSR[:, s], up_GRF, plan.offsets_G)
-            rows_MF.index_copy_(0, place_N, delta_NF)
-        return rows_MF
+        places = _places(plan, top_k)
+        sorted_MF = _stacked(
+            [
+                grouped_product(scaled_NSR[:, s], _of_member(up_ERF, plan, s), plan.offsets_G)
+                for s in range(len(places))
+            ]
+        )
+        return sorted_MF.index_select(0, inverse(_stacked(places)))
 
     @staticmethod
     # the intermediate is saved as a constant, so a second derivative would silently lack its part
@@ -110,6 +113,10 @@ def _of_member(up_ERF: Tensor, plan: RowPlan, position: int) -> Tensor:
     if plan.members_GS.shape[1] == 1:  # group e is expert e
         return up_ERF
     return up_ERF.index_select(0, plan.members_GS[:, position])
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _places(plan: RowPlan, top_k: int) -> list[Tensor]:
