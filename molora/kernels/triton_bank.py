@@ -58,20 +58,21 @@ class _Layout:
 
 
 def _layout(
-    tokens: int, index_TK: Tensor | None, *, own_A: bool, summed: bool, experts: int, rank: int
+    x_TD: Tensor, index_TK: Tensor | None, lora_A: Tensor, lora_B: Tensor, *, summed: bool
 ) -> _Layout:
-    plain = as_they_come(tokens)
+    tokens, dtype = len(x_TD), x_TD.dtype
+    plain = as_they_come(tokens, dtype)
     if index_TK is None:
         return _Layout(plain, plain, x_group=1, h_group=1, y_group=1)
-    slots = index_TK.shape[1]
+    slots, (experts, _, rank) = index_TK.shape[1], lora_B.shape
     if sorting_pays(experts, rank, slots, summed=summed):
-        rows, y_group = sorted_by_expert(index_TK, experts), slots if summed else 1
-        if own_A:
+        rows, y_group = sorted_by_expert(index_TK, experts, dtype), slots if summed else 1
+        if len(lora_A) == experts:
             return _Layout(rows, rows, x_group=slots, h_group=1, y_group=y_group)
         return _Layout(plain, rows, x_group=1, h_group=slots, y_group=y_group)
     if summed:
         return _Layout(plain, plain, x_group=1, h_group=1, y_group=1)
-    return _Layout(plain, as_they_come(tokens * slots), x_group=1, h_group=slots, y_group=1)
+    return _Layout(plain, as_they_come(tokens * slots, dtype), x_group=1, h_group=slots, y_group=1)
 
 
 def _weights(
@@ -109,19 +110,11 @@ class Bank(torch.autograd.Function):
     ) -> Tensor:
         require(x_TD)
         x_TD = x_TD.contiguous()
-        experts, features, rank = lora_B.shape
-        layout = _layout(
-            len(x_TD),
-            index_TK,
-            own_A=len(lora_A) == experts,
-            summed=summed,
-            experts=experts,
-            rank=rank,
-        )
+        layout = _layout(x_TD, index_TK, lora_A, lora_B, summed=summed)
         weights = _weights(layout.up, gates_TK, index_TK, scaling_E, summed=summed)
         h, _ = narrow(layout.down, x_TD, lora_A, x_group=layout.x_group)
         if weight is None:
-            y = x_TD.new_empty(layout.up.count // layout.y_group, features)
+            y = x_TD.new_empty(layout.up.count // layout.y_group, lora_B.shape[1])
         else:
             y = Base(weight, bias, transposed).product(x_TD)
         widen(

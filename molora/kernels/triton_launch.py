@@ -13,21 +13,11 @@ from torch import Tensor
 
 from molora.errors import BackendError
 from molora.kernels.triton_rows import Rows
+from molora.kernels.triton_tiles import Tile, narrow_tile, outer_tile, widen_tile
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PROGRAMS = 128
 """As many as fill a device (108 to 148 multiprocessors): a sum over rows is split for fewer."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Sizes of a program: rows, columns and the part of D that it holds at a time."""
-
-    block_m: int
-    block_p: int
-    block_d: int
-    num_warps: int = 4
-    num_stages: int = 3
 
 
 @dataclass(frozen=True)
@@ -96,21 +86,6 @@ def _columns(num_experts: int, rank: int, rows: Rows) -> int:
     return width if rows.order is not None else max(16, 1 << (num_experts * width - 1).bit_length())
 
 
-def narrow_tile(rows: Rows, columns: int, dtype: torch.dtype) -> Tile:
-    wide = dtype == torch.float32
-    return Tile(rows.block, min(columns, 64 if wide else 128), 32 if wide else 64)
-
-
-def widen_tile(rows: Rows, columns: int, dtype: torch.dtype) -> Tile:
-    wide = dtype == torch.float32
-    return Tile(rows.block, min(columns, 32 if wide else 64), 64 if wide else 128, num_stages=2)
-
-
-def outer_tile(rows: Rows, columns: int, dtype: torch.dtype) -> Tile:
-    wide = dtype == torch.float32
-    return Tile(min(rows.block, 32 if wide else 64), min(columns, 64 if wide else 128), 64)
-
-
 def narrow(
     rows: Rows,
     x: Tensor,
@@ -137,7 +112,7 @@ def narrow(
     num_experts, rank, depth = factor_ERD.shape
     is_sorted = rows.order is not None
     width, columns = padded(rank, rows), _columns(num_experts, rank, rows)
-    tile = narrow_tile(rows, columns, x.dtype)
+    tile = narrow_tile(rows.block, columns, x.dtype)
     blocks = -(-columns // tile.block_p)
     out = x.new_empty(rows.count, rank if is_sorted else num_experts * rank)
     sums = None
@@ -182,7 +157,7 @@ def widen(
     """h W, times gate · scaling if given, written or added to `out`, (slots / out_group, D)."""
     num_experts, rank, depth = factor_ERD.shape
     columns = _columns(num_experts, rank, rows)
-    tile = widen_tile(rows, columns, out.dtype)
+    tile = widen_tile(rows.block, columns, out.dtype)
     # lists that share rows of `out` take turns
     turns = rows.lists if out_group > 1 else 1
     tiles = rows.lists * rows.tiles_per_list // turns
@@ -222,7 +197,7 @@ def outer(
         return torch.zeros_like(like_ERD)
     is_sorted = rows.order is not None
     width, columns = padded(rank, rows), _columns(num_experts, rank, rows)
-    tile = outer_tile(rows, columns, x.dtype)
+    tile = outer_tile(rows.block, columns, x.dtype)
     blocks = -(-columns // tile.block_p) * (num_experts if is_sorted else 1)
     grid = (blocks, -(-depth // tile.block_d))
     parts = min(-(-PROGRAMS // (grid[0] * grid[1])), -(-rows.count // tile.block_m))
@@ -301,10 +276,19 @@ def _launch(
             BLOCK_M=tile.block_m,
             BLOCK_P=tile.block_p,
             BLOCK_D=tile.block_d,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **_options(tile),
             **arguments,
         )
+
+
+def _options(tile: Tile) -> dict[str, int]:
+    if torch.version.hip is not None:
+        # there is no limit of registers there, and a third stage spills scalar ones
+        return {"num_warps": tile.num_warps, "num_stages": min(tile.num_stages, 2)}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if tile.max_registers is not None:
+        options["maxnreg"] = tile.max_registers
+    return options
 
 
 def _device_of(matrix: Any) -> AbstractContextManager[None]:

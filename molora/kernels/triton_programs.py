@@ -105,13 +105,34 @@ def ranks_of(
 
 
 @triton.jit
-def weights_of(gates, slots, experts, exist, GATED: tl.constexpr):
-    """gate · scaling for slots and experts of shapes that broadcast."""
-    weights = tl.load(gates.scaling + experts, mask=exist, other=0.0).to(tl.float32)
-    if GATED:
-        at = gates.at + slots * gates.row + experts * gates.expert
-        weights = weights * tl.load(at, mask=exist, other=0.0).to(tl.float32)
-    return weights
+def gates_of(
+    gates,
+    members,
+    exist,
+    first,
+    expert,
+    E: tl.constexpr,
+    R_PAD: tl.constexpr,
+    SORTED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """The gate of each slot in the BLOCK_P columns from `first`, (BLOCK_M, BLOCK_P) in float32."""
+    WIDTH: tl.constexpr = R_PAD if R_PAD < BLOCK_P else BLOCK_P
+    SHARE: tl.constexpr = BLOCK_P // WIDTH
+    BLOCK_M: tl.constexpr = members.shape[0]
+    # each gate is loaded once and spread: by columns its addresses alone would fill the registers
+    steps = tl.arange(0, SHARE)
+    experts = expert + steps if SORTED else first // R_PAD + steps
+    at = gates.at + members[:, None] * gates.row + experts[None, :] * gates.expert
+    values = tl.load(at, mask=exist[:, None] & (experts < E)[None, :], other=0.0)
+    spread = tl.broadcast_to(values.to(tl.float32)[:, :, None], (BLOCK_M, SHARE, WIDTH))
+    return tl.reshape(spread, (BLOCK_M, BLOCK_P))
+
+
+@triton.jit
+def scaling_of(gates, experts, present):
+    """The scaling of columns' experts, in float32."""
+    return tl.load(gates.scaling + experts, mask=present, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -156,20 +177,22 @@ def narrow(
         factor_at += BLOCK_D * factor.depth
 
     both = exist[:, None] & present[None, :]
+    if WEIGHTED:
+        sums = sums * scaling_of(gates, experts, present)[None, :]
     if GRAD_GATES:
         WIDTH: tl.constexpr = R_PAD if R_PAD < BLOCK_P else BLOCK_P
         SHARE: tl.constexpr = BLOCK_P // WIDTH
         h_at = h.at + (members // h.group)[:, None] * h.row
         h_tile = tl.load(h_at + (experts * h.expert + ranks)[None, :], mask=both, other=0.0)
-        scaling = tl.load(gates.scaling + experts, mask=present, other=0.0).to(tl.float32)
-        products = tl.reshape(h_tile.to(tl.float32) * sums * scaling, (BLOCK_M, SHARE, WIDTH))
+        products = tl.reshape(h_tile.to(tl.float32) * sums, (BLOCK_M, SHARE, WIDTH))
         # tl.sum is this in a jit of its own, made when triton is imported: for a device or not
         totals = tl.reduce(products, 2, tl.standard._sum_combine)
         shares = tl.program_id(1) * SHARE + tl.arange(0, SHARE)
         at = grad_gates.at + members[:, None] * grad_gates.row + shares[None, :]
         tl.store(at, totals, mask=exist[:, None] & (shares < grad_gates.row)[None, :])
-    if WEIGHTED:
-        sums = sums * weights_of(gates, members[:, None], experts[None, :], both, GATED)
+    if GATED:
+        first_column = tl.program_id(1) * BLOCK_P
+        sums *= gates_of(gates, members, exist, first_column, expert, E, R_PAD, SORTED, BLOCK_P)
     out_at = out.at + members[:, None] * out.row + (experts * out.expert + ranks)[None, :]
     tl.store(out_at, rounded(sums, DTYPE), mask=both)
 
@@ -210,8 +233,9 @@ def widen(
         h_at = h.at + (members // h.group)[:, None] * h.row
         h_tile = tl.load(h_at + (experts * h.expert + ranks)[None, :], mask=both, other=0.0)
         if WEIGHTED:
-            weights = weights_of(gates, members[:, None], experts[None, :], both, GATED)
-            h_tile = h_tile.to(tl.float32) * weights
+            h_tile = h_tile.to(tl.float32) * scaling_of(gates, experts, present)[None, :]
+        if GATED:
+            h_tile *= gates_of(gates, members, exist, first, expert, E, R_PAD, SORTED, BLOCK_P)
         factor_at = factor.at + (experts * factor.expert + ranks * factor.rank)[:, None]
         factor_at += places[None, :] * factor.depth
         factor_tile = tl.load(factor_at, mask=present[:, None] & inside[None, :], other=0.0)
@@ -267,17 +291,21 @@ def outer(
             if SORTED:
                 members = tl.load(slots.order + members, mask=exist, other=0)
             members = members.to(tl.int64)
-            both = present[:, None] & exist[None, :]
-            h_at = h.at + (members // h.group)[None, :] * h.row
-            h_tile = tl.load(h_at + (experts * h.expert + ranks)[:, None], mask=both, other=0.0)
-            if WEIGHTED:
-                weights = weights_of(gates, members[None, :], experts[:, None], both, GATED)
-                h_tile = h_tile.to(tl.float32) * weights
+            both = exist[:, None] & present[None, :]
+            h_at = h.at + (members // h.group)[:, None] * h.row
+            h_tile = tl.load(h_at + (experts * h.expert + ranks)[None, :], mask=both, other=0.0)
+            if GATED:
+                gate = gates_of(
+                    gates, members, exist, block * BLOCK_P, expert, E, R_PAD, SORTED, BLOCK_P
+                )
+                h_tile = h_tile.to(tl.float32) * gate
             x_at = x.at + (members // x.group)[:, None] * x.row + places[None, :]
             x_tile = tl.load(x_at, mask=exist[:, None] & inside[None, :], other=0.0)
-            left, right = rounded(h_tile, DTYPE), rounded(x_tile, DTYPE)
+            left, right = tl.trans(rounded(h_tile, DTYPE)), rounded(x_tile, DTYPE)
             sums = tl.dot(left, right, acc=sums, input_precision="ieee")
 
+    if WEIGHTED:
+        sums *= scaling_of(gates, experts, present)[:, None]
     out_at = out.at + tl.program_id(2).to(tl.int64) * part
     out_at += (experts * out.expert + ranks * out.rank)[:, None] + places[None, :] * out.depth
     OUT: tl.constexpr = out.at.dtype.element_ty

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from molora.kernels.triton_tiles import rows_of
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -36,23 +38,18 @@ class Rows:
         return -(-self.count // self.block)
 
 
-def block_of(rows: int) -> int:
-    """Rows of a tile: a power of two from 16, the least of a matrix unit, to 64."""
-    return min(64, max(16, 1 << max(rows - 1, 0).bit_length()))
+def as_they_come(count: int, dtype: torch.dtype) -> Rows:
+    return Rows(count, rows_of(count, dtype))
 
 
-def as_they_come(count: int) -> Rows:
-    return Rows(count, block_of(count))
-
-
-def sorted_by_expert(index_TK: Tensor, num_experts: int) -> Rows:
+def sorted_by_expert(index_TK: Tensor, num_experts: int, dtype: torch.dtype) -> Rows:
     """One list for each of the K columns, whose slots t·K + k have each row once.
 
     Adding a list's results to rows is therefore free of conflicts: lists one after the other
     need no atomics and give the same bits every time.
     """
     tokens, slots = index_TK.shape
-    block = block_of(-(-tokens // num_experts))
+    block = rows_of(-(-tokens // num_experts), dtype)
     experts_KT, order_KT = index_TK.T.contiguous().sort(dim=1, stable=True)
     device = index_TK.device
     list_K1 = torch.arange(slots, device=device)[:, None]

@@ -1,0 +1,204 @@
+"""What the kernels' binaries need of each target: registers, shared memory, spills.
+
+Launches are recorded on tensors without storage, and compiled with the very specialisation that a
+launch on a device would choose; nothing here needs one.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from molora.kernels import triton_bank, triton_programs
+from molora.kernels.base import Base
+from molora.kernels.lora_mix.triton_mix import lora_mix
+from molora.kernels.lora_rows.triton_rows import lora_rows
+
+PROGRAMS = ("narrow", "widen", "outer")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU: what triton calls it, and the shared memory that one program may have, in bytes."""
+
+    name: str
+    gpu: GPUTarget
+    shared_memory: int
+
+
+# CUDA C++ Programming Guide, table of compute capabilities: 163, 227 and 227 KB of shared memory
+# per thread block; CDNA 3 instruction set: 64 KB of LDS per work-group
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("sm_80", GPUTarget("cuda", 80, 32), 163 * 1024),
+        Target("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024),
+        Target("sm_100", GPUTarget("cuda", 100, 32), 227 * 1024),
+        Target("gfx942", GPUTarget("hip", "gfx942", 64), 64 * 1024),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A use of an op: what decides the launches."""
+
+    op: str
+    dtype: torch.dtype
+    experts: int
+    rank: int
+    tokens: int = 8192
+    slots: int = 2
+    width: int = 4096
+    base: bool = True
+    shared_A: bool = False
+    gated: bool = True
+
+    def __str__(self) -> str:
+        extra = [f"top-{self.slots}" if self.gated else "all", f"T {self.tokens}"]
+        extra += ["shared A"] if self.shared_A else []
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.op} {self.experts} × r{self.rank}, {dtype}, {', '.join(extra)}"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: the program, its arguments, and in how many programs."""
+
+    program: str
+    arguments: dict[str, Any]
+    grid: tuple[int, int, int]
+
+
+class _Recorder:
+    """Stands for a program, notes what it is launched with and launches nothing."""
+
+    def __init__(self, name: str, launches: list[Launch]) -> None:
+        self.name, self.launches = name, launches
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        return lambda **arguments: self.launches.append(Launch(self.name, arguments, grid))
+
+
+@contextmanager
+def recorded(target: Target) -> Iterator[list[Launch]]:
+    """Note the launches made inside, as if on this target."""
+    launches: list[Launch] = []
+    stand_ins = {name: _Recorder(name, launches) for name in PROGRAMS}
+    with (
+        mock.patch.multiple(triton_programs, **stand_ins),
+        mock.patch.object(triton_bank, "require"),
+        mock.patch.object(torch.version, "hip", "7" if target.gpu.backend == "hip" else None),
+    ):
+        yield launches
+
+
+def launches_of(case: Case, target: Target) -> list[Launch]:
+    """Those of a forward and backward pass on the target."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x = empty(case.tokens, case.width, dtype=case.dtype).requires_grad_()
+    gates = index = None
+    if case.gated:
+        gates = empty(case.tokens, case.slots).requires_grad_()
+        index = empty(case.tokens, case.slots, dtype=torch.int64)
+    lora_A = empty(1 if case.shared_A else case.experts, case.rank, case.width).requires_grad_()
+    lora_B = empty(case.experts, case.width, case.rank).requires_grad_()
+    scaling = empty(case.experts)
+    with recorded(target) as launches:
+        if case.op == "lora_mix":
+            base = Base(empty(case.width, case.width, dtype=case.dtype)) if case.base else None
+            y = lora_mix(x, gates, index, lora_A, lora_B, scaling, base=base)
+        else:
+            y = lora_rows(x, index, lora_A, lora_B, scaling)
+        y.backward(torch.empty_like(y))
+    return launches
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Of one program, by its binary."""
+
+    registers: int
+    """For each thread; on AMD vector registers, accumulation registers included."""
+    shared: int
+    """Bytes for each program."""
+    spilled: int
+    """Bytes of local memory for each thread, 0 if everything fits registers; on AMD registers."""
+    threads: int
+
+
+def needs(launch: Launch, target: Target) -> Needs:
+    """Compile the program as a device would for this launch, and read the binary."""
+    program: JITFunction[Any] = getattr(triton_programs, launch.program)
+    backend = make_backend(target.gpu)
+    binder = create_function_from_signature(program.signature, program.params, backend)
+    arguments = launch.arguments
+    bound, specialization, chosen = binder(**arguments)
+    options, signature, constexprs, attributes = program._pack_args(
+        backend, arguments, bound, specialization, chosen
+    )
+    source = ASTSource(program, signature, constexprs, attributes)
+    compiled = triton.compile(source, target=target.gpu, options=options.__dict__)
+    threads = compiled.metadata.num_warps * target.gpu.warp_size
+    if "cubin" in compiled.asm:
+        registers, spilled = _of_cubin(compiled.asm["cubin"])
+    else:
+        registers, spilled = _of_amdgcn(compiled.asm["amdgcn"])
+    return Needs(registers, compiled.metadata.shared, spilled, threads)
+
+
+def _of_cubin(binary: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory: its stack is all that a program of ours could spill."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        command = [str(tool), "-res-usage", file.name]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", report)
+    if found is None:
+        raise ValueError(f"cuobjdump -res-usage says nothing of registers:\n{report}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def _of_amdgcn(text: str) -> tuple[int, int]:
+    def value(key: str) -> int:
+        found = re.search(rf"\.{key}:\s+(\d+)", text)
+        if found is None:
+            raise ValueError(f"the kernel's metadata has no .{key}")
+        return int(found[1])
+
+    # scratch beside spills would be local memory as well
+    spilled = value("vgpr_spill_count") + value("sgpr_spill_count")
+    return value("vgpr_count"), spilled + value("private_segment_fixed_size")
+
+
+def shrunk(launch: Launch) -> tuple[Any, ...]:
+    """What tells binaries apart: launches with the same one share it."""
+    constants = {
+        name: value for name, value in launch.arguments.items() if isinstance(value, int | bool)
+    }
+    dtypes = [
+        getattr(getattr(matrix, "at", None), "dtype", None) for matrix in launch.arguments.values()
+    ]
+    return launch.program, tuple(constants.items()), tuple(dtypes)
+
+
+__all__ = ["TARGETS", "Case", "Launch", "Needs", "launches_of", "needs", "replace", "shrunk"]

@@ -1,0 +1,57 @@
+"""Sizes of the programs, for which no target spills registers; docs/kernels.md has the table.
+
+Products of float32 without TF32 run outside the matrix units, with operands in registers: their
+tiles are smaller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows, columns and the part of D that a program holds at a time, and what it runs on.
+
+    Attributes:
+        max_registers: of a thread, on CUDA; None: as the assembler finds best, which now and then
+            is to spill a few for one more program on a multiprocessor.
+    """
+
+    block_m: int
+    block_p: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
+def rows_of(rows: int, dtype: torch.dtype) -> int:
+    """Rows of a tile for so many rows: a power of two, at least a matrix unit's 16."""
+    most = 32 if dtype == torch.float32 else 64
+    return min(most, max(16, 1 << max(rows - 1, 0).bit_length()))
+
+
+def narrow_tile(rows: int, columns: int, dtype: torch.dtype) -> Tile:
+    if dtype == torch.float32:
+        return Tile(rows, min(columns, 64), 32, num_warps=8, num_stages=3, max_registers=168)
+    return Tile(rows, min(columns, 128), 64, _warps(columns), num_stages=3, max_registers=168)
+
+
+def widen_tile(rows: int, columns: int, dtype: torch.dtype) -> Tile:
+    if dtype == torch.float32:
+        return Tile(rows, min(columns, 32), 64, num_warps=8, num_stages=2)
+    return Tile(rows, min(columns, 64), 128, num_warps=8, num_stages=2, max_registers=168)
+
+
+def outer_tile(rows: int, columns: int, dtype: torch.dtype) -> Tile:
+    if dtype == torch.float32:
+        return Tile(rows, min(columns, 64), 32, num_warps=8, num_stages=2, max_registers=168)
+    return Tile(rows, min(columns, 128), 64, _warps(columns), num_stages=2, max_registers=168)
+
+
+def _warps(columns: int) -> int:
+    # four would do for the sums, but not for the masks and addresses of wide tiles
+    return 8 if columns >= 32 else 4
