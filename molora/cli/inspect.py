@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from molora.config import MixtureConfig
     from molora.io import Manifest
 
 
@@ -44,6 +45,9 @@ class Bank:
     num_experts: int
     ranks: tuple[int, ...]
     """One per block."""
+    in_features: int = 0
+    out_features: int = 0
+    shared_A: bool = False
 
     def __str__(self) -> str:
         ranks = "+".join(map(str, dict.fromkeys(self.ranks)))
@@ -69,6 +73,8 @@ def described(directory: Path, manifest: Manifest) -> Iterable[str]:
         yield f"file     {name}, {(directory / name).stat().st_size:,} bytes, {note}"
     yield ""
     yield from allocation_table(banks)
+    yield ""
+    yield from backend_table(banks, manifest.mixture)
 
 
 def banks_of(shapes: Mapping[str, tuple[int, ...]]) -> list[Bank]:
@@ -77,10 +83,20 @@ def banks_of(shapes: Mapping[str, tuple[int, ...]]) -> list[Bank]:
     for name, shape in shapes.items():
         if found := re.fullmatch(r"(.+)\.experts\.(?:\d+\.)?lora_B", name):
             blocks[found[1]].append((shape[0], shape[2]))
-    return [
-        Bank(path, sum(count for count, _ in found), tuple(rank for _, rank in found))
-        for path, found in blocks.items()
-    ]
+    banks = []
+    for path, members in blocks.items():
+        shape_A, shape_B = (shapes[f"{path}.experts.{name}"] for name in ("lora_A", "lora_B"))
+        banks.append(
+            Bank(
+                path,
+                sum(count for count, _ in members),
+                tuple(rank for _, rank in members),
+                in_features=shape_A[2],
+                out_features=shape_B[1],
+                shared_A=shape_A[0] < shape_B[0],
+            )
+        )
+    return banks
 
 
 def parameters_by_role(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -100,7 +116,7 @@ def allocation_table(banks: Iterable[Bank]) -> list[str]:
         found = re.match(r"(.*?)\.(\d+)\.(.+)", bank.path)
         layer, linear = (f"{found[1]}.{found[2]}", found[3]) if found else ("-", bank.path)
         layers[layer][linear] = str(bank)
-    rows = [("layer", "experts×rank", "linears")]
+    rows: list[tuple[str, ...]] = [("layer", "experts×rank", "linears")]
     for first, last in _runs(sorted(layers, key=_layer_key), layers):
         label = first if first == last else f"{first}–{last.rpartition('.')[2]}"
         linears: dict[str, list[str]] = defaultdict(list)
@@ -109,8 +125,39 @@ def allocation_table(banks: Iterable[Bank]) -> list[str]:
         for experts, names in linears.items():
             rows.append((label, experts, _by_parent(names)))
             label = ""
-    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:2]]
-    return [f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}" for row in rows]
+    return _aligned(rows)
+
+
+def backend_table(banks: Iterable[Bank], config: MixtureConfig) -> list[str]:
+    """The backend, and what "auto" stands for on this machine, a line for each kind of bank."""
+    if config.backend != "auto":
+        return [f"backend  {config.backend}"]
+    from molora.cli.backends import TRAINING_ROWS, choices
+
+    found = choices(list(banks), config)
+    linears: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for choice in found.of_banks:
+        bank, acting = choice.bank, choice.acting or "all"
+        key = (f"{bank.in_features} to {bank.out_features}", f"{acting} of {bank}")
+        linears[(*key, choice.training, choice.decoding)].append(_without_layer(bank.path))
+    heads = ("width", "experts×rank", f"{TRAINING_ROWS} rows, training", "1 row, decoding")
+    rows: list[tuple[str, ...]] = [(*heads, "linears")]
+    rows += [(*key, _by_parent(dict.fromkeys(names))) for key, names in linears.items()]
+    return [f"backend  auto, which is for {found.dtype} on {found.device}:", *_aligned(rows)]
+
+
+def _without_layer(path: str) -> str:
+    found = re.match(r".*?\.\d+\.(.+)", path)
+    return found[1] if found else path
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Columns side by side; the last is as wide as it is."""
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    return [
+        "  ".join([*(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=False)), row[-1]])
+        for row in rows
+    ]
 
 
 def _by_parent(linears: Iterable[str]) -> str:

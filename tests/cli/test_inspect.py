@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import pytest
 from chat_models import save_adapter
 
 import molora as package
+from molora.cli.backends import routing_of, targets
 from molora.cli.inspect import Bank, allocation_table, banks_of, parameters_by_role
+from molora.kernels.calibration import Calibration, Line, shipped, user_file
 
 
 @pytest.fixture
@@ -46,7 +50,9 @@ def test_inspect_shows_method_base_parameters_files_and_experts(
     assert len(files) == 2
     assert f"{tensor_file(directory).name}, {tensor_file(directory).stat().st_size:,} b" in files[1]
     attention_names = "self_attn: k_proj o_proj q_proj v_proj"
-    assert [line.split(maxsplit=1) for line in lines[lines.index("") + 2 :]] == [
+    first = lines.index("")
+    allocation = lines[first + 2 : lines.index("", first + 1)]
+    assert [line.split(maxsplit=1) for line in allocation] == [
         ["model.layers.0", "2×2           mlp: down_proj gate_proj up_proj"],
         ["1×2", attention_names],
         ["model.layers.1", "3×2           mlp: down_proj gate_proj up_proj"],
@@ -74,10 +80,95 @@ def test_blocks_of_a_bank_and_roles_are_told_by_the_names() -> None:
         "a.router.weight": (3, 5),
         "head.weight": (2, 2),
     }
-    assert banks_of(shapes) == [Bank("a", 3, (3, 4))]
+    assert banks_of(shapes) == [Bank("a", 3, (3, 4), in_features=5, out_features=7)]
+    shared = {"a.experts.lora_A": (1, 3, 5), "a.experts.lora_B": (2, 7, 3)}
+    assert [bank.shared_A for bank in banks_of(shared)] == [True]
     counts = {"experts": 30 + 42 + 20 + 28, "router": 15, "other": 4, "all": 139}
     assert parameters_by_role(shapes) == counts
     assert "other" not in parameters_by_role({"a.router.weight": (3, 5)})
+
+
+def test_inspect_tells_what_auto_is_when_training_and_when_decoding(
+    molora: Callable[..., Any], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    config = package.presets.mixlora(num_experts=4, rank=2, targets="ffn")
+    directory = save_adapter(tmp_path / "mixlora", base, config)
+    lines = molora("inspect", directory).out.splitlines()
+    heading = lines.index("backend  auto, which is for float32 on cpu:")
+    table = [re.split(r" {2,}", line) for line in lines[heading + 1 :]]
+    assert table[0] == [
+        *("width", "experts×rank", "4096 rows, training", "1 row, decoding", "linears")
+    ]
+    kinds = {(*row[:2], row[4]) for row in table[1:]}
+    assert ("32 to 40", "2 of 4×2", "mlp: gate_proj up_proj") in kinds
+    assert ("40 to 32", "2 of 4×2", "mlp: down_proj") in kinds
+    assert ("32 to 48", "all of 1×2", "self_attn: q_proj") in kinds
+    picked = {backend for row in table[1:] for cell in row[2:4] for backend in cell.split("+")}
+    assert picked <= {"dense", "grouped", "gather"}
+
+
+def test_inspect_follows_the_users_figures(
+    molora: Callable[..., Any], adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    found = shipped().devices["cpu"]
+    dtype = found.dtypes["float32"]
+    # gather takes no time, however many rows there are
+    free = {key: Line(0, 0) if key[1] == "gather" else line for key, line in dtype.lines.items()}
+    figures = replace(found, dtypes={"float32": replace(dtype, lines=free)})
+    before = molora("inspect", adapter).out
+    Calibration({"cpu": figures}).save(user_file())
+    after = molora("inspect", adapter).out
+    assert "dense" in before.partition("backend")[2] or "grouped" in before.partition("backend")[2]
+    assert not {"dense", "grouped"} & set(after.partition("backend")[2].split())
+
+
+def test_inspect_names_a_backend_that_was_chosen(
+    molora: Callable[..., Any], base: Path, tmp_path: Path
+) -> None:
+    config = package.presets.mola(num_experts=2, rank=2)
+    config = config.model_copy(update={"backend": "dense"})
+    outcome = molora("inspect", save_adapter(tmp_path / "dense", base, config))
+    assert outcome.out.splitlines()[-1] == "backend  dense"
+
+
+@pytest.mark.parametrize(
+    ("select", "acting"),
+    [
+        (package.config.TopK(k=2), (2, 2)),
+        (package.config.TopK(k=[2, 3]), (2, 3)),
+        (package.config.Dense(), (None, None)),
+    ],
+    ids=["top_k", "top_k_by_layer", "dense"],
+)
+def test_how_many_experts_act_is_told_by_the_configuration(
+    select: Any, acting: tuple[int | None, int | None]
+) -> None:
+    group = package.config.Group(targets="q_proj", select=select, num_experts=4)
+    config = package.config.MixtureConfig(groups=(group,))
+    banks = [Bank(f"model.layers.{layer}.self_attn.q_proj", 4, (2,)) for layer in (0, 1)]
+    assert tuple(routing_of(bank, config, depth=2)[1] for bank in banks) == acting
+    alone = Bank("model.layers.0.self_attn.q_proj", 1, (2,))
+    assert routing_of(alone, config, depth=2) == ("lora_mix", None)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "named"),
+    [
+        ("all", "h.0.attn.q", True),
+        ("attention", "h.0.attn.q", True),
+        ("ffn", "h.0.attn.q", False),
+        ("ffn", "h.0.mlp.up", True),
+        ("q", "h.0.attn.q", True),
+        ("attn.q", "h.0.attn.q", True),
+        ("q", "h.0.attn.qq", False),
+        ("re:.*q", "h.0.attn.qq", True),
+        ("re:q", "h.0.attn.q", False),
+    ],
+)
+def test_a_group_is_found_by_the_path_of_a_linear(pattern: str, path: str, named: bool) -> None:
+    assert targets(package.config.Group(targets=pattern), path) is named
 
 
 def flip_a_byte(directory: Path) -> None:
