@@ -57,13 +57,14 @@ class _Mix(torch.autograd.Function):
         *plan_tensors: Tensor,
     ) -> Tensor:
         plan = RowPlan(*plan_tensors)
+        # the largest product first: what it read and wrote is then still in the cache
+        y_TF = None if weight is None else Base(weight, bias, transposed).product(x_TD)
         h_NP = down(x_TD, lora_A, plan)
         ctx.save_for_backward(
             x_TD, gates_TK, lora_A, lora_B, scaling_E, weight, h_NP, *plan_tensors
         )
         ctx.transposed = transposed
         gated_NP = _gated(h_NP, _weights(x_TD.dtype, gates_TK, scaling_E, plan), lora_B, plan)
-        y_TF = None if weight is None else Base(weight, bias, transposed).product(x_TD)
         up_GPF = of_groups(lora_B.transpose(1, 2), plan, x_TD.dtype)
         return _added(y_TF, len(x_TD), plan, grouped_product(gated_NP, up_GPF, plan.offsets_G))
 
@@ -74,9 +75,11 @@ class _Mix(torch.autograd.Function):
         x_TD, gates_TK, lora_A, lora_B, scaling_E, weight, h_NP, *tensors = ctx.saved_tensors
         plan = RowPlan(*tensors)
         needs_x, needs_gates, needs_A, needs_B, *_ = ctx.needs_input_grad
+        grad_x = grad_gates = grad_A = grad_B = None
+        if needs_x and weight is not None:
+            grad_x = Base(weight, None, ctx.transposed).input_gradient(grad_TF)
         weight_NS1 = _weights(x_TD.dtype, gates_TK, scaling_E, plan)
         sorted_NF = grad_TF.index_select(0, plan.order_N)
-        grad_x = grad_gates = grad_A = grad_B = None
         if needs_B:
             gated_NP = _gated(h_NP, weight_NS1, lora_B, plan)
             grad_GPF = grouped_outer(gated_NP, sorted_NF, plan.offsets_G)
@@ -95,8 +98,6 @@ class _Mix(torch.autograd.Function):
             grad_NP = summed_where_shared(grad_NSR * weight_NS1, lora_A)
         del sorted_NF
         if needs_x:
-            if weight is not None:
-                grad_x = Base(weight, None, ctx.transposed).input_gradient(grad_TF)
             grad_x = down_input_gradient(grad_x, grad_NP, len(x_TD), lora_A, plan)
         if needs_A:
             grad_A = down_factor_gradient(grad_NP, x_TD, lora_A, plan)
