@@ -1,8 +1,9 @@
 """Products of rows that are sorted by group with their group's matrix.
 
-`torch.nn.functional.grouped_mm` with what it asks of its caller: rows and columns of a multiple of
-16 bytes are padded here, expanded inputs (the gradient of a sum) are copied, and float64, which it
-refuses, is computed from one matrix per row: slow, but of the same cost in memory as its result.
+`torch.nn.functional.grouped_mm` with what it asks of its caller: rows, columns and addresses of a
+multiple of 16 bytes (padded or copied here), nothing expanded, as the gradient of a sum is (copied
+too), and no float64, which is computed from one matrix per row: slow, but in the memory of the
+result. It waits for no device but a GPU, and there not in bfloat16 from compute capability 9 on.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def _padded(tensor: Tensor, *, dims: int) -> Tensor:
     amounts = [part for d in range(dims) for part in (0, -tensor.shape[-1 - d] % multiple)]
     if any(amounts):
         return pad(tensor, amounts)
-    return tensor.contiguous() if tensor.dim() == 2 else tensor
+    tensor = tensor.contiguous() if tensor.dim() == 2 else tensor
+    # a parameter may start anywhere in a buffer that it shares with others
+    return tensor.clone() if tensor.storage_offset() % multiple else tensor
 
 
 def _group_of_row(rows_NI: Tensor, offsets_G: Tensor) -> Tensor:

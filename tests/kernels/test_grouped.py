@@ -117,6 +117,28 @@ def test_the_gradient_of_a_sum_is_taken(grouping, op):
     torch.testing.assert_close(found["grouped"], found["loops"], rtol=1e-4, atol=1e-4)
 
 
+@groupings
+@ops
+def test_parameters_may_start_anywhere_in_a_shared_buffer(grouping, op, monkeypatch):
+    """As ZeRO-1 keeps them; grouped_mm refuses odd addresses on a GPU, not on a CPU."""
+
+    def checked(*operands: Tensor, offs: Tensor) -> Tensor:
+        assert all(operand.data_ptr() % 16 == 0 for operand in operands)
+        return torch.nn.functional.grouped_mm(*operands, offs=offs)
+
+    def moved(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+
+    def run(p: Problem) -> Tensor:
+        return grouped_by(grouping, op)(replace(p, lora_A=moved(p.lora_A), lora_B=moved(p.lora_B)))
+
+    monkeypatch.setattr("molora.kernels.grouped_product.grouped_mm", checked)
+    p = problem(D=8, F=12, R=4).to(torch.float32)
+    assert moved(p.lora_A).data_ptr() % 16 == 4
+    found, expected = results(run, p), results(grouped_by(grouping, op), p)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 # ------------------------------------------------------------------ plans
 
 WRONG: dict[str, Callable[[RowPlan], RowPlan]] = {
