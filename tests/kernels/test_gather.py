@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from host_reads import HostReads
-from kernel_problems import call, problem
+from kernel_problems import LOOPS, call, problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from molora.kernels import BACKENDS
@@ -54,3 +56,12 @@ def test_nothing_is_read_on_the_host():
     for op in ("lora_mix", "lora_rows"):
         reads.counting(call(BACKENDS["gather"], op))(problem())
     assert reads.reads == []
+
+
+@pytest.mark.parametrize("name", ["gather", "grouped"])
+def test_gates_alone_are_those_of_the_experts_in_order(name):
+    p = problem(E=4, K=4, base="w")
+    in_order = replace(p, index=torch.arange(4).expand(len(p.x), -1))
+    alone = call(BACKENDS[name], "lora_mix")(replace(p, index=None))
+    torch.testing.assert_close(alone, LOOPS["lora_mix"](in_order))
+    assert not torch.allclose(alone, LOOPS["lora_mix"](p)), "else the order plays no role"
