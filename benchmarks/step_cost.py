@@ -42,7 +42,6 @@ flops.register()
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXPERTS, RANK, TOP_K = 8, 8, 2
-Step = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -127,16 +126,20 @@ IMPLEMENTATIONS: dict[str, Callable[[Sizes], torch.nn.Module]] = {
 }
 
 
-def training_step(model: torch.nn.Module, ids_BS: Tensor) -> Step:
+@dataclass(frozen=True)
+class Step:
     """Forward, backward, and the gradients dropped again."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def step() -> None:
-        model(input_ids=ids_BS, labels=ids_BS).loss.backward()
-        for parameter in parameters:
+    model: torch.nn.Module
+    ids_BS: Tensor
+
+    def forward(self) -> Tensor:
+        return self.model(input_ids=self.ids_BS, labels=self.ids_BS).loss
+
+    def __call__(self) -> None:
+        self.forward().backward()
+        for parameter in self.model.parameters():
             parameter.grad = None
-
-    return step
 
 
 class OpCounter(TorchDispatchMode):
@@ -151,8 +154,8 @@ class OpCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def saved_bytes(step: Step) -> int:
-    """Bytes of distinct storages saved for backward, parameters left out."""
+def saved_bytes(forward: Callable[[], object]) -> int:
+    """Bytes of distinct storages that a forward saves for its backward, parameters left out."""
     parameters = {
         obj.untyped_storage().data_ptr()
         for obj in gc.get_objects()
@@ -167,7 +170,8 @@ def saved_bytes(step: Step) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
+        kept = forward()
+    del kept
     return sum(seen.values())
 
 
@@ -187,7 +191,7 @@ def count(step: Step) -> Counts:
         step()
     with OpCounter() as ops:
         step()
-    return Counts(products.get_total_flops(), saved_bytes(step), ops.count)
+    return Counts(products.get_total_flops(), saved_bytes(step.forward), ops.count)
 
 
 def measure(names: list[str], sizes: Sizes, runs: int) -> Iterator[Cost]:
@@ -195,9 +199,9 @@ def measure(names: list[str], sizes: Sizes, runs: int) -> Iterator[Cost]:
     ids_BS = torch.randint(
         0, sizes.vocab, (4, sizes.tokens // 4), generator=torch.Generator().manual_seed(1)
     )
-    floor = training_step(frozen(sizes), ids_BS)
+    floor = Step(frozen(sizes), ids_BS)
     floor_counts = count(floor)
-    steps = {name: training_step(IMPLEMENTATIONS[name](sizes), ids_BS) for name in names}
+    steps = {name: Step(IMPLEMENTATIONS[name](sizes), ids_BS) for name in names}
     counts = {name: count(step) for name, step in steps.items()}
     ratios: dict[str, list[float]] = {name: [] for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}

@@ -19,10 +19,20 @@ from molora.attach.families import (
     plain_linear,
 )
 from molora.attach.plan import Placement
-from molora.config import Capacity, Dense, Group, NormalInit, Sigmoid, Threshold, TopK, TopP
+from molora.config import (
+    Capacity,
+    Dense,
+    Group,
+    NormalInit,
+    Sigmoid,
+    Threshold,
+    TopK,
+    TopP,
+    UnitTop1,
+)
 from molora.errors import AttachError
 from molora.experts import Block, ExpertBank, init
-from molora.kernels import Backend
+from molora.kernels.backend import Kernels
 from molora.modules import (
     ForwardContext,
     MoLoRAFeedForward,
@@ -105,7 +115,7 @@ class Builder:
         *,
         seed: int,
         dtype: torch.dtype,
-        backend: Backend,
+        backend: Kernels,
         context: ForwardContext,
         surgery: Surgery,
     ) -> None:
@@ -283,6 +293,7 @@ class Builder:
             capacity=select.tokens if isinstance(select, Capacity) else None,
             stream=placement.stream,
             context=self.context,
+            slots=slots_of(placement),
         )
         self.built.sites[name] = site
         self.built.layers[name] = placement.layer.path if placement.layer is not None else name
@@ -307,6 +318,7 @@ class Builder:
             tuple(self._projection(path, name, members) for name in layout.inputs),
             partial(activate, module, layout),
             self._projection(path, layout.down, members),
+            is_deterministic=partial(is_deterministic, module, layout),
             finish=partial(finish, module, layout),
             site=self._site(path, module, first, in_features),
             context=self.context,
@@ -335,6 +347,14 @@ def activate(module: nn.Module, layout: FeedForwardLayout, *projected_TKF: Tenso
     return a_TKI
 
 
+def is_deterministic(module: nn.Module, layout: FeedForwardLayout) -> bool:
+    """Whether `activate` draws no random numbers at the moment."""
+    if layout.inner_dropout is None:
+        return True
+    dropout = getattr(module, layout.inner_dropout)
+    return not dropout.training or dropout.p == 0
+
+
 def finish(module: nn.Module, layout: FeedForwardLayout, y_TF: Tensor) -> Tensor:
     """What the FFN does after its down projection."""
     return y_TF if layout.outer_dropout is None else getattr(module, layout.outer_dropout)(y_TF)
@@ -359,6 +379,17 @@ def select_function(group: Group, top_k: int | None) -> SelectFunction:
             return partial(select_functions.threshold, minimum=minimum, renormalize=renormalize)
         case _:
             return select_functions.unit_top1
+
+
+def slots_of(placement: Placement) -> int | None:
+    """Experts that every row of a site chooses; None: one slot for each expert."""
+    match placement.group.select:
+        case TopK() | Capacity():
+            return placement.top_k
+        case UnitTop1():
+            return 1
+        case _:
+            return None
 
 
 def _device(module: nn.Module) -> torch.device:

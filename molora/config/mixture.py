@@ -160,7 +160,7 @@ class MixtureConfig(Frozen):
     """Auxiliary losses; empty turns them off."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Storage of all trainable parameters; products run in the input's dtype."""
-    backend: Literal["auto", "reference", "dense"] = "auto"
+    backend: Literal["auto", "reference", "dense", "grouped", "gather", "triton"] = "auto"
     """Which kernel computes the mixture."""
     train_modules: tuple[str, ...] = ()
     """Paths of modules outside the experts that are trained whole and saved, e.g. `score` or

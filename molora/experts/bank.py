@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from molora.dtypes import apply_keeping_dtype
 from molora.kernels import Backend, Base
+from molora.kernels.backend import Kernels
 from molora.kernels.lora_mix import reference
 from molora.routing.record import Routing
 
@@ -48,7 +49,7 @@ class ExpertBank(nn.Module):
         self,
         blocks: Sequence[Block],
         *,
-        backend: Backend,
+        backend: Kernels,
         dropout: float = 0.0,
         dropout_mask: Literal["shared", "per_expert"] = "shared",
     ) -> None:
@@ -59,7 +60,9 @@ class ExpertBank(nn.Module):
         self.register_buffer("scaling", first.scaling, persistent=False)
         self.trainable = first.trainable
         # not read from the factors later: partitioned by ZeRO-3, they have the shape (0,)
-        self.size, self.rank = first.lora_B.shape[0], first.lora_A.shape[1]
+        self.size, self.out_features, self.rank = first.lora_B.shape
+        self.in_features = first.lora_A.shape[2]
+        self.shares_A = first.lora_A.shape[0] < self.size
         for number, block in enumerate(rest, start=1):
             self.add_module(str(number), ExpertBank([block], backend=backend))
         self.backend = backend
@@ -81,31 +84,40 @@ class ExpertBank(nn.Module):
             if block.trainable:
                 yield from ((role, getattr(block, n)) for n, role in block.FACTOR_ROLES.items())
 
-    def shared_factor(self) -> Tensor | None:
-        """The stacked A whose product with x a caller may make, to give it as `down_TP`; None if
-        this bank makes it by itself."""
-        return self.lora_A if self._in_halves() and not self._drops() else None
+    def kernels(self, op: str, x: Tensor, slots: int | None) -> Backend:
+        """The backend for `op`, "lora_mix" or "lora_rows", and a shape; with "auto" the one that is
+        estimated to take the least time for so many rows.
 
-    def _in_halves(self) -> bool:
-        """Whether the update is `lora_down`, then `lora_up`."""
-        apart = self.backend.lora_down is not None and len(list(self.blocks())) == 1
-        return apart and not (self._drops() and self.dropout_mask == "per_expert")
-
-    def _down(self, x_TD: Tensor) -> Tensor:
-        """A dropout(x), (T, E·R), which keeps the dropout's mask and no other input."""
-        assert self.backend.lora_down is not None
-        dropout = self.dropout if self._drops() else 0.0
-        (down_TP,), _ = self.backend.lora_down(
-            x_TD, [self.lora_A], [], dtype=compute_dtype(x_TD), dropout=dropout
+        Args:
+            x: (..., in).
+            slots: experts that a row chooses; None: all.
+        """
+        if isinstance(self.backend, Backend):
+            return self.backend
+        return self.backend.choose(
+            op,
+            rows=x.shape[:-1].numel(),
+            in_features=self.in_features,
+            out_features=self.out_features,
+            num_experts=self.size,
+            rank=self.rank,
+            slots=slots,
+            dtype=compute_dtype(x),
+            device_type=x.device.type,
+            shared_A=self.shares_A,
+            training=torch.is_grad_enabled(),
         )
-        return down_TP
 
-    def _up(
-        self, x_TD: Tensor, down_TP: Tensor, routing: Routing | None, base: Base | None
-    ) -> Tensor:
-        assert self.backend.lora_up is not None
-        gates_TE = None if routing is None else routing.dense_gates()
-        return self.backend.lora_up(x_TD, down_TP, gates_TE, self.lora_B, self.scaling, base=base)
+    def shared_factor(self, x: Tensor, slots: int | None) -> Tensor | None:
+        """The stacked A whose product with x a caller may make, to give it as `down_TP`; None if
+        this bank makes it by itself. Arguments as for `kernels`."""
+        apart = self._in_halves(self.kernels("lora_mix", x, slots)) and not self._drops()
+        return self.lora_A if apart else None
+
+    def _in_halves(self, kernels: Backend) -> bool:
+        """Whether the update is `lora_down`, then `lora_up`."""
+        apart = kernels.lora_down is not None and len(list(self.blocks())) == 1
+        return apart and not (self._drops() and self.dropout_mask == "per_expert")
 
     def forward(
         self,
@@ -123,15 +135,35 @@ class ExpertBank(nn.Module):
         block, → (T, K, out): the ungated update of each of them. All come through here because
         ZeRO-3 has a module's parameters whole while the module is called, not in other methods.
         """
-        dtype = compute_dtype(x_TD)
         if slots_TK is not None:
-            return self._rows(x_TD.to(dtype), slots_TK)
-        if self._in_halves() and x_TD.dim() == 2:
-            return self._up(x_TD, self._down(x_TD) if down_TP is None else down_TP, routing, base)
-        x = self._dropped(x_TD.to(dtype))
+            x = self.dropped_rows(x_TD, slots_TK)
+            return self.rows(x, slots_TK, self.lora_A, self.lora_B)
+        kernels = self.kernels("lora_mix", x_TD, acting(routing))
+        if self._in_halves(kernels) and x_TD.dim() == 2:
+            return self._halves(kernels, x_TD, routing, down_TP, base)
+        x = self._dropped(x_TD.to(compute_dtype(x_TD)))
         if base is not None and self._drops():
             return base.product(x_TD) + self._blocks_mixed(x, routing, None)
         return self._blocks_mixed(x, routing, base)
+
+    def _halves(
+        self,
+        kernels: Backend,
+        x_TD: Tensor,
+        routing: Routing | None,
+        down_TP: Tensor | None,
+        base: Base | None,
+    ) -> Tensor:
+        """Down, with a dropout of which only the mask is kept, and up."""
+        assert kernels.lora_down is not None
+        assert kernels.lora_up is not None
+        if down_TP is None:
+            dropout = self.dropout if self._drops() else 0.0
+            (down_TP,), _ = kernels.lora_down(
+                x_TD, [self.lora_A], [], dtype=compute_dtype(x_TD), dropout=dropout
+            )
+        gates_TE = None if routing is None else routing.dense_gates()
+        return kernels.lora_up(x_TD, down_TP, gates_TE, self.lora_B, self.scaling, base=base)
 
     def _blocks_mixed(self, x: Tensor, routing: Routing | None, base: Base | None) -> Tensor:
         own, *others = blocks = list(self.blocks())
@@ -149,25 +181,45 @@ class ExpertBank(nn.Module):
 
     def _mixed(self, x: Tensor, routing: Routing | None, base: Base | None) -> Tensor:
         """The update of the block's own experts, and the base's product."""
-        # an input per expert: only the reference takes one, and the option is documented as slow
-        mix = self.backend.lora_mix if x.dim() == 2 else reference.lora_mix
         gates_TK = index_TK = None
         if routing is not None:
             gates_TK = routing.gates
             index_TK = None if routing.in_order else routing.expert_index
-        return mix(x, gates_TK, index_TK, self.lora_A, self.lora_B, self.scaling, base=base)
+        factors = self.lora_A, self.lora_B, self.scaling
+        if x.dim() == 3:
+            # an input per expert: only the reference takes one; the option is documented as slow
+            return reference.lora_mix(x, gates_TK, index_TK, *factors, base=base)
+        kernels = self.kernels("lora_mix", x, acting(routing))
+        plan = {} if index_TK is None else self._plan(kernels, routing)
+        return kernels.lora_mix(x, gates_TK, index_TK, *factors, base=base, **plan)
+
+    def _plan(self, kernels: Backend, routing: Routing | None) -> dict[str, Any]:
+        """The order that a backend sorts rows into, once for all banks that share a decision."""
+        if kernels.plan is None or routing is None:
+            return {}
+        if kernels.name not in routing.plans:
+            routing.plans[kernels.name] = kernels.plan(routing.expert_index, routing.num_experts)
+        return {"plan": routing.plans[kernels.name]}
 
     def _drops(self) -> bool:
         return self.training and self.dropout > 0
 
-    def _rows(self, x_TD: Tensor, expert_index_TK: Tensor) -> Tensor:
-        index_TK = expert_index_TK
-        if self._drops() and self.dropout_mask == "per_expert":
+    def dropped_rows(self, x_TD: Tensor, expert_index_TK: Tensor) -> Tensor:
+        """The input of `rows`: (T, in), or with a mask per expert (T·K, in)."""
+        x_TD = x_TD.to(compute_dtype(x_TD))
+        if not self._drops():
+            return x_TD
+        if self.dropout_mask == "per_expert":
             # a row with a mask of its own for every slot, since no expert has two slots of a row
             x_TD = x_TD.repeat_interleave(expert_index_TK.shape[1], dim=0)
-            index_TK = expert_index_TK.reshape(-1, 1)
-        x_TD = nn.functional.dropout(x_TD, self.dropout, self.training)
-        delta = self.backend.lora_rows(x_TD, index_TK, self.lora_A, self.lora_B, self.scaling)
+        return nn.functional.dropout(x_TD, self.dropout)
+
+    def rows(self, x: Tensor, expert_index_TK: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """(T, K, out): the ungated update of each slot, of `dropped_rows` and these factors."""
+        a_row_per_slot = x.shape[0] != expert_index_TK.shape[0]
+        index = expert_index_TK.reshape(-1, 1) if a_row_per_slot else expert_index_TK
+        kernels = self.kernels("lora_rows", x, index.shape[1])
+        delta = kernels.lora_rows(x, index, lora_A, lora_B, self.scaling)
         return delta.view(*expert_index_TK.shape, -1)
 
     def _dropped(self, x_TD: Tensor) -> Tensor:
@@ -184,6 +236,11 @@ class ExpertBank(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ExpertBank:
         return apply_keeping_dtype(self, super()._apply, fn, recurse)
+
+
+def acting(routing: Routing | None) -> int | None:
+    """Experts that act on a row; None: all."""
+    return None if routing is None or routing.in_order else routing.expert_index.shape[1]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

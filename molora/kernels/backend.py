@@ -6,11 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
 from molora.errors import BackendError
 from molora.kernels import lora_mix, lora_rows
+from molora.kernels.cost import Chooser
+from molora.kernels.plan import plan_rows
 
 _counters: list[Counter[tuple[str, str]]] = []
 
@@ -26,6 +29,12 @@ class Backend:
     lora_up: Callable[..., Tensor] | None = None
     """The halves of lora_mix, where it has two that may be called apart; their signatures are those
     of `lora_mix/dense.py`."""
+    plan: Callable[[Tensor, int], Any] | None = None
+    """(T, K) expert indices and E → what the ops take as `plan`, if they sort rows."""
+
+
+Kernels = Backend | Chooser
+"""What a mixture computes with: one backend, or the choice among them."""
 
 
 def counted(op: str, name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -61,18 +70,22 @@ BACKENDS: dict[str, Backend] = {
         lora_down=lora_mix.dense.down,
         lora_up=counted("lora_mix", "dense", lora_mix.dense.up),
     ),
-    "grouped": _made("grouped", lora_mix.grouped.lora_mix, lora_rows.grouped.lora_rows),
+    "grouped": replace(
+        _made("grouped", lora_mix.grouped.lora_mix, lora_rows.grouped.lora_rows), plan=plan_rows
+    ),
     "gather": _made("gather", lora_mix.gather.lora_mix, lora_rows.gather.lora_rows),
 }
 
 
-def backend(name: str) -> Backend:
-    """The backend called `name`; "auto" is `dense`, whose cost does not depend on the routing.
+def backend(name: str) -> Kernels:
+    """The backend called `name`; "auto" chooses one for the shape of each call.
 
     Raises:
         BackendError: no such backend.
+        ConfigError: "auto", and the user's calibration is damaged.
     """
-    name = "dense" if name == "auto" else name
+    if name == "auto":
+        return Chooser(BACKENDS)
     if name not in BACKENDS:
         raise BackendError(f"backend={name!r} does not exist. Known: auto, {', '.join(BACKENDS)}.")
     return BACKENDS[name]

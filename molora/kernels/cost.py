@@ -165,6 +165,8 @@ class Chooser:
         ConfigError: the user's file is damaged.
     """
 
+    name = "auto"
+
     def __init__(
         self, table: Mapping[str, Backend], calibration: Calibration | None = None
     ) -> None:

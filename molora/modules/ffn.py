@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from molora.experts import ExpertBank
 from molora.experts.bank import compute_dtype
 from molora.modules.context import ForwardContext
+from molora.modules.product import is_partitioned
+from molora.modules.recompute import recomputed
 from molora.modules.site import RoutingSite
 from molora.routing.record import Routing
 
@@ -25,18 +28,37 @@ class Projection:
         self.base = base
         self.experts = experts
 
-    def per_expert(self, x: Tensor, routing: Routing) -> Tensor:
-        """(..., in) → (T, K, out): W x + scaling · B_e A_e x for the chosen experts.
+    def is_partitioned(self) -> bool:
+        """Whether DeepSpeed divides the experts among processes."""
+        return self.experts is not None and is_partitioned(self.experts)
 
-        W x is computed once.
-        """
+    def product(self, x: Tensor) -> Tensor:
+        """(..., in) → (T, out): W x, once for all experts."""
         y = self.base(x)
-        y_T1F = y.reshape(-1, 1, y.shape[-1])
+        return y.reshape(-1, y.shape[-1])
+
+    def per_expert(self, x: Tensor, y_TF: Tensor, routing: Routing) -> Tensor:
+        """(..., in) and W x → (T, K, out): W x + scaling · B_e A_e x for the chosen experts."""
         if self.experts is None:
-            return y_T1F.expand(-1, routing.expert_index.shape[1], -1)
+            return _every_slot(y_TF, routing)
         x_TD = x.reshape(-1, x.shape[-1])
         delta_TKF = self.experts(x_TD, None, slots_TK=routing.expert_index)
-        return y_T1F + delta_TKF.to(y.dtype)
+        return y_TF[:, None] + delta_TKF.to(y_TF.dtype)
+
+    def inputs(self, x: Tensor, routing: Routing) -> list[Tensor]:
+        """(..., in) → the tensors that `of_inputs` needs beside W x."""
+        if self.experts is None:
+            return []
+        rows = self.experts.dropped_rows(x.reshape(-1, x.shape[-1]), routing.expert_index)
+        return [rows, self.experts.lora_A, self.experts.lora_B]
+
+    def of_inputs(self, y_TF: Tensor, inputs: Sequence[Tensor], routing: Routing) -> Tensor:
+        """As `per_expert`, a function of tensors that reads no parameter."""
+        if self.experts is None:
+            return _every_slot(y_TF, routing)
+        rows, lora_A, lora_B = inputs
+        delta_TKF = self.experts.rows(rows, routing.expert_index, lora_A, lora_B)
+        return y_TF[:, None] + delta_TKF.to(y_TF.dtype)
 
 
 class MoLoRAFeedForward:
@@ -49,6 +71,7 @@ class MoLoRAFeedForward:
         inputs: the projections that read x: (gate, up), or one fused or plain projection.
         activate: their outputs, each (T, K, F), → (T, K, I), dropout included.
         down: the projection back, (T, I) → (T, out).
+        is_deterministic: whether `activate` draws no random numbers at the moment.
         finish: what the FFN does after it, such as dropout.
         site: what decides.
         context: shared state of the model's forward.
@@ -63,6 +86,7 @@ class MoLoRAFeedForward:
         activate: Callable[..., Tensor],
         down: Projection,
         *,
+        is_deterministic: Callable[[], bool],
         finish: Callable[[Tensor], Tensor],
         site: RoutingSite,
         context: ForwardContext,
@@ -72,6 +96,7 @@ class MoLoRAFeedForward:
         self.inputs = inputs
         self.activate = activate
         self.down = down
+        self.is_deterministic = is_deterministic
         self.finish = finish
         self.site = site
         self.context = context
@@ -83,7 +108,7 @@ class MoLoRAFeedForward:
         if not self.context.enabled:
             return self.base_forward(x, *args, **kwargs)
         routing = self.site.decide(x)
-        a_TKI = self.activate(*(projection.per_expert(x, routing) for projection in self.inputs))
+        a_TKI = self._activated(x, routing)
         gates_TK1 = routing.gates.to(compute_dtype(a_TKI))[..., None]
         mixed_TI = (gates_TK1 * a_TKI).sum(dim=1)
         y_TF = self._project_down(mixed_TI, routing)
@@ -94,6 +119,37 @@ class MoLoRAFeedForward:
                 -1, x.shape[-1]
             ).to(y_TF.dtype)
         return self.finish(y_TF).view(*x.shape[:-1], -1)
+
+    def _activated(self, x: Tensor, routing: Routing) -> Tensor:
+        """(T, K, I): what the activation makes of each slot, of which W x alone is kept.
+
+        The K times larger outputs of the experts are cheap to make again.
+        """
+        products = [projection.product(x) for projection in self.inputs]
+        if not self.is_deterministic():
+            return self.activate(*self._per_expert(x, products, routing))
+        if any(projection.is_partitioned() for projection in self.inputs):
+            # parameters may be read in a call of their own module only, thus not again
+            return recomputed(self.activate, *self._per_expert(x, products, routing))
+        parts = [projection.inputs(x, routing) for projection in self.inputs]
+
+        def activated(*tensors: Tensor) -> Tensor:
+            remaining = iter(tensors)
+            outputs = [
+                projection.of_inputs(next(remaining), list(islice(remaining, len(part))), routing)
+                for projection, part in zip(self.inputs, parts, strict=True)
+            ]
+            return self.activate(*outputs)
+
+        return recomputed(
+            activated, *(t for y, part in zip(products, parts, strict=True) for t in (y, *part))
+        )
+
+    def _per_expert(
+        self, x: Tensor, products: Sequence[Tensor], routing: Routing
+    ) -> Iterator[Tensor]:
+        for projection, y_TF in zip(self.inputs, products, strict=True):
+            yield projection.per_expert(x, y_TF, routing)
 
     def _project_down(self, mixed_TI: Tensor, routing: Routing) -> Tensor:
         """W Σ_k g_k a_k + b Σ_k g_k."""
@@ -121,6 +177,10 @@ class MoLoRAFeedForward:
         )
         delta_NF = experts(a_TKI.flatten(0, 1), one_slot)
         return delta_NF.view(-1, slots, delta_NF.shape[-1]).sum(dim=1)
+
+
+def _every_slot(y_TF: Tensor, routing: Routing) -> Tensor:
+    return y_TF[:, None].expand(-1, routing.expert_index.shape[1], -1)
 
 
 def dropped_mass(routing: Routing) -> Tensor:

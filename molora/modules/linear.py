@@ -81,6 +81,6 @@ class MoLoRALinear:
             return None
         return self.decision.linear_weight()
 
-    def down_factor(self) -> Tensor | None:
+    def down_factor(self, x: Tensor) -> Tensor | None:
         """The stacked A that is multiplied with this linear's input as it is, if any."""
-        return self.experts.shared_factor()
+        return self.experts.shared_factor(x, None if self.decision is None else self.decision.slots)

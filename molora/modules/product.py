@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from molora.experts.bank import compute_dtype
+from molora.experts.bank import ExpertBank, compute_dtype
 from molora.kernels.lora_mix import dense
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class SharedProduct:
             if not self._made:
                 self._x = None
             return product
-        if is_partitioned(member):
+        if is_partitioned(member.experts):
             # ZeRO-3 gives every module an input of its own, and has only the parameters of modules
             # that run
             return _products(x, [member])[0]
@@ -65,14 +65,15 @@ class SharedProduct:
         self._x, self._made = None, {}
 
 
-def is_partitioned(member: MoLoRALinear) -> bool:
-    """Whether DeepSpeed divides the parameters among processes."""
-    return hasattr(member.experts.lora_A, "ds_id")
+def is_partitioned(bank: ExpertBank) -> bool:
+    """Whether DeepSpeed's ZeRO-3 divides its parameters among processes."""
+    # not by the bank's attribute, which would gather it
+    return hasattr(bank._parameters["lora_A"], "ds_id")
 
 
 def _products(x: Tensor, members: Sequence[MoLoRALinear]) -> list[Product]:
-    factors = [None if is_partitioned(m) else m.down_factor() for m in members]
-    routers = [None if is_partitioned(m) else m.router_weight() for m in members]
+    factors = [None if is_partitioned(m.experts) else m.down_factor(x) for m in members]
+    routers = [None if is_partitioned(m.experts) else m.router_weight() for m in members]
     present = [f for f in factors if f is not None], [r for r in routers if r is not None]
     if not any(present):
         return [Product()] * len(members)

@@ -26,6 +26,7 @@ class RoutingSite:
         stream: whose padding mask its rows follow: "input", or "encoder" and "decoder" of a model
             that has both.
         context: shared state of the model's forward.
+        slots: K, if the selector has as many for every row; None: one for every expert.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class RoutingSite:
         capacity: int | None,
         stream: str,
         context: ForwardContext,
+        slots: int | None = None,
     ) -> None:
         self.name = name
         self.router = router
@@ -46,6 +48,7 @@ class RoutingSite:
         self.capacity = capacity
         self.stream = stream
         self.context = context
+        self.slots = slots
 
     def linear_weight(self) -> Tensor | None:
         """The (E, in) weight of a router whose logits are made of its product with the input as it
@@ -96,6 +99,11 @@ class SharedDecision:
         self.site = site
         self.in_features = in_features
         self.num_experts = num_experts
+
+    @property
+    def slots(self) -> int | None:
+        """K of the block's decision; None: a slot for every expert."""
+        return self.site.slots
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of the block."""

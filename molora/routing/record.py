@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class Routing:
     where each index of the grid's first dimension is one sequence, or sequences are unknown."""
     in_order: bool = False
     """Whether slot k is expert k in every row, as in dense routing."""
+    plans: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """Backend → how it sorts these rows, once it did."""
 
     @property
     def num_experts(self) -> int:

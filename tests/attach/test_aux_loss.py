@@ -136,7 +136,7 @@ def test_eight_rows_at_once_and_four_times_two_have_the_same_gradient(family: st
     at_once = gradients(8, num_items_in_batch=total)
     accumulated = gradients(2, num_items_in_batch=torch.tensor(total))
     for name, gradient in at_once.items():
-        torch.testing.assert_close(accumulated[name], gradient, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(accumulated[name], gradient, rtol=1e-6, atol=1e-7)
     assert at_once.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
     # a batch that is all there is has a share of 1
     whole = {name: value.expand(8, -1) for name, value in row.items()}

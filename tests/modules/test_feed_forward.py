@@ -52,6 +52,7 @@ def feed_forward(
         (projection(IN, WIDE, bias, True), projection(IN, WIDE, bias, True)),
         lambda gate, up: torch.tanh(gate) * up,
         projection(WIDE, IN, bias, down_experts),
+        is_deterministic=lambda: True,
         finish=lambda y: y,
         site=site,
         context=context,

@@ -34,7 +34,15 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 def adapted(**settings: object) -> tuple[nn.Module, molora.Mixture]:
     model = tiny("llama")
-    options = {"num_experts": 4, "top_k": 2, "rank": 3, "losses": (), "dropout": 0.0, **settings}
+    options = {
+        "num_experts": 4,
+        "top_k": 2,
+        "rank": 3,
+        "losses": (),
+        "backend": "dense",
+        "dropout": 0.0,
+        **settings,
+    }
     mixture = molora.attach(model, molora.presets.mola(**options), seed=0)
     source = torch.Generator().manual_seed(3)
     for bank in mixture.built.banks.values():
