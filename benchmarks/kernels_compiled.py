@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,6 +28,8 @@ from molora.kernels.lora_mix.triton_mix import lora_mix
 from molora.kernels.lora_rows.triton_rows import lora_rows
 
 PROGRAMS = ("narrow", "widen", "outer")
+RUNTIME = ("depth", "part", "first_tile")
+"""Numbers that programs are not compiled for, but for whether they are 1 or multiples of 16."""
 
 
 @dataclass(frozen=True)
@@ -132,15 +134,23 @@ def launches_of(case: Case, target: Target) -> list[Launch]:
 
 @dataclass(frozen=True)
 class Needs:
-    """Of one program, by its binary."""
+    """Of one program, by its binary.
 
-    registers: int
-    """For each thread; on AMD vector registers, accumulation registers included."""
-    shared: int
-    """Bytes for each program."""
-    spilled: int
-    """Bytes of local memory for each thread, 0 if everything fits registers; on AMD registers."""
+    Attributes:
+        threads: that run it.
+        registers: of each thread; on AMD vector registers, with those for accumulation.
+        shared: bytes of shared memory.
+        spilled: bytes of memory for each thread that hold what registers do not; on AMD with the
+            number of vector registers spilled.
+        scalars: scalar registers that AMD's compiler keeps in lanes of vector ones; none of it
+            reaches memory.
+    """
+
     threads: int
+    registers: int
+    shared: int
+    spilled: int
+    scalars: int = 0
 
 
 def needs(launch: Launch, target: Target) -> Needs:
@@ -156,17 +166,15 @@ def needs(launch: Launch, target: Target) -> Needs:
     source = ASTSource(program, signature, constexprs, attributes)
     compiled = triton.compile(source, target=target.gpu, options=options.__dict__)
     threads = compiled.metadata.num_warps * target.gpu.warp_size
-    if "cubin" in compiled.asm:
-        registers, spilled = _of_cubin(compiled.asm["cubin"])
-    else:
-        registers, spilled = _of_amdgcn(compiled.asm["amdgcn"])
-    return Needs(registers, compiled.metadata.shared, spilled, threads)
+    read = _of_cubin if "cubin" in compiled.asm else _of_amdgcn
+    registers, *spilled = read(compiled.asm)
+    return Needs(threads, registers, compiled.metadata.shared, *spilled)
 
 
-def _of_cubin(binary: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory: its stack is all that a program of ours could spill."""
+def _of_cubin(asm: dict[str, Any]) -> tuple[int, int]:
+    """Registers, and bytes of local memory: a program of ours has nothing else to put there."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
+        file.write(asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         command = [str(tool), "-res-usage", file.name]
@@ -178,27 +186,29 @@ def _of_cubin(binary: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def _of_amdgcn(text: str) -> tuple[int, int]:
+def _of_amdgcn(asm: dict[str, Any]) -> tuple[int, int, int]:
+    """Vector registers, those spilled and bytes of scratch, and scalar ones kept elsewhere."""
+
     def value(key: str) -> int:
-        found = re.search(rf"\.{key}:\s+(\d+)", text)
+        found = re.search(rf"\.{key}:\s+(\d+)", asm["amdgcn"])
         if found is None:
             raise ValueError(f"the kernel's metadata has no .{key}")
         return int(found[1])
 
-    # scratch beside spills would be local memory as well
-    spilled = value("vgpr_spill_count") + value("sgpr_spill_count")
-    return value("vgpr_count"), spilled + value("private_segment_fixed_size")
+    spilled = value("vgpr_spill_count") + value("private_segment_fixed_size")
+    return value("vgpr_count"), spilled, value("sgpr_spill_count")
 
 
-def shrunk(launch: Launch) -> tuple[Any, ...]:
+def binary(launch: Launch) -> tuple[Any, ...]:
     """What tells binaries apart: launches with the same one share it."""
-    constants = {
-        name: value for name, value in launch.arguments.items() if isinstance(value, int | bool)
-    }
-    dtypes = [
-        getattr(getattr(matrix, "at", None), "dtype", None) for matrix in launch.arguments.values()
-    ]
-    return launch.program, tuple(constants.items()), tuple(dtypes)
 
+    def kind(name: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(kind("", part) for part in value)
+        if isinstance(value, torch.Tensor):
+            return value.dtype
+        if name in RUNTIME or not name:
+            return None if value is None else (value == 1, value % 16 == 0)
+        return value
 
-__all__ = ["TARGETS", "Case", "Launch", "Needs", "launches_of", "needs", "replace", "shrunk"]
+    return launch.program, *(kind(name, value) for name, value in launch.arguments.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -67,6 +68,7 @@ def require(x_TD: Tensor) -> None:
         )
 
 
+@cache
 def _programs() -> ModuleType:
     # importing triton costs seconds, and it need not be installed
     from molora.kernels import triton_programs
@@ -112,7 +114,7 @@ def narrow(
     num_experts, rank, depth = factor_ERD.shape
     is_sorted = rows.order is not None
     width, columns = padded(rank, rows), _columns(num_experts, rank, rows)
-    tile = narrow_tile(rows.block, columns, x.dtype)
+    tile = narrow_tile(rows.block, columns, depth, x.dtype)
     blocks = -(-columns // tile.block_p)
     out = x.new_empty(rows.count, rank if is_sorted else num_experts * rank)
     sums = None
@@ -157,7 +159,7 @@ def widen(
     """h W, times gate · scaling if given, written or added to `out`, (slots / out_group, D)."""
     num_experts, rank, depth = factor_ERD.shape
     columns = _columns(num_experts, rank, rows)
-    tile = widen_tile(rows.block, columns, out.dtype)
+    tile = widen_tile(rows.block, columns, depth, out.dtype)
     # lists that share rows of `out` take turns
     turns = rows.lists if out_group > 1 else 1
     tiles = rows.lists * rows.tiles_per_list // turns
@@ -197,7 +199,7 @@ def outer(
         return torch.zeros_like(like_ERD)
     is_sorted = rows.order is not None
     width, columns = padded(rank, rows), _columns(num_experts, rank, rows)
-    tile = outer_tile(rows.block, columns, x.dtype)
+    tile = outer_tile(rows.block, columns, depth, x.dtype)
     blocks = -(-columns // tile.block_p) * (num_experts if is_sorted else 1)
     grid = (blocks, -(-depth // tile.block_d))
     parts = min(-(-PROGRAMS // (grid[0] * grid[1])), -(-rows.count // tile.block_m))

@@ -34,24 +34,31 @@ def rows_of(rows: int, dtype: torch.dtype) -> int:
     return min(most, max(16, 1 << max(rows - 1, 0).bit_length()))
 
 
-def narrow_tile(rows: int, columns: int, dtype: torch.dtype) -> Tile:
+def narrow_tile(rows: int, columns: int, depth: int, dtype: torch.dtype) -> Tile:
+    block_p, block_d = (64, 32) if dtype == torch.float32 else (128, 64)
+    return _tile(rows, min(columns, block_p), _part(block_d, depth), _warps(columns, dtype), 3)
+
+
+def widen_tile(rows: int, columns: int, depth: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
-        return Tile(rows, min(columns, 64), 32, num_warps=8, num_stages=3, max_registers=168)
-    return Tile(rows, min(columns, 128), 64, _warps(columns), num_stages=3, max_registers=168)
+        return Tile(rows, min(columns, 32), _part(64, depth), num_warps=8, num_stages=2)
+    return _tile(rows, min(columns, 64), _part(128, depth), 8, 2)
 
 
-def widen_tile(rows: int, columns: int, dtype: torch.dtype) -> Tile:
-    if dtype == torch.float32:
-        return Tile(rows, min(columns, 32), 64, num_warps=8, num_stages=2)
-    return Tile(rows, min(columns, 64), 128, num_warps=8, num_stages=2, max_registers=168)
+def outer_tile(rows: int, columns: int, depth: int, dtype: torch.dtype) -> Tile:
+    block_p, block_d = (64, 32) if dtype == torch.float32 else (128, 64)
+    return _tile(rows, min(columns, block_p), _part(block_d, depth), _warps(columns, dtype), 2)
 
 
-def outer_tile(rows: int, columns: int, dtype: torch.dtype) -> Tile:
-    if dtype == torch.float32:
-        return Tile(rows, min(columns, 64), 32, num_warps=8, num_stages=2, max_registers=168)
-    return Tile(rows, min(columns, 128), 64, _warps(columns), num_stages=2, max_registers=168)
+def _tile(block_m: int, block_p: int, block_d: int, num_warps: int, num_stages: int) -> Tile:
+    return Tile(block_m, block_p, block_d, num_warps, num_stages, max_registers=168)
 
 
-def _warps(columns: int) -> int:
+def _part(most: int, depth: int) -> int:
+    # rows that are not aligned are read element by element: each has an address and a mask
+    return most if depth % 16 == 0 else most // 2
+
+
+def _warps(columns: int, dtype: torch.dtype) -> int:
     # four would do for the sums, but not for the masks and addresses of wide tiles
-    return 8 if columns >= 32 else 4
+    return 8 if columns >= 32 or dtype == torch.float32 else 4
