@@ -63,6 +63,7 @@ class ExpertBank(nn.Module):
         self.size, self.out_features, self.rank = first.lora_B.shape
         self.in_features = first.lora_A.shape[2]
         self.shares_A = first.lora_A.shape[0] < self.size
+        self.is_alone = not rest
         for number, block in enumerate(rest, start=1):
             self.add_module(str(number), ExpertBank([block], backend=backend))
         self.backend = backend
@@ -116,7 +117,7 @@ class ExpertBank(nn.Module):
 
     def _in_halves(self, kernels: Backend) -> bool:
         """Whether the update is `lora_down`, then `lora_up`."""
-        apart = kernels.lora_down is not None and len(list(self.blocks())) == 1
+        apart = kernels.lora_down is not None and self.is_alone
         return apart and not (self._drops() and self.dropout_mask == "per_expert")
 
     def forward(
@@ -143,8 +144,8 @@ class ExpertBank(nn.Module):
             return self._halves(kernels, x_TD, routing, down_TP, base)
         x = self._dropped(x_TD.to(compute_dtype(x_TD)))
         if base is not None and self._drops():
-            return base.product(x_TD) + self._blocks_mixed(x, routing, None)
-        return self._blocks_mixed(x, routing, base)
+            return base.product(x_TD) + self._blocks_mixed(kernels, x, routing, None)
+        return self._blocks_mixed(kernels, x, routing, base)
 
     def _halves(
         self,
@@ -165,21 +166,25 @@ class ExpertBank(nn.Module):
         gates_TE = None if routing is None else routing.dense_gates()
         return kernels.lora_up(x_TD, down_TP, gates_TE, self.lora_B, self.scaling, base=base)
 
-    def _blocks_mixed(self, x: Tensor, routing: Routing | None, base: Base | None) -> Tensor:
+    def _blocks_mixed(
+        self, kernels: Backend, x: Tensor, routing: Routing | None, base: Base | None
+    ) -> Tensor:
+        if self.is_alone:
+            return self._mixed(kernels, x, routing, base)
         own, *others = blocks = list(self.blocks())
-        if not others:
-            return self._mixed(x, routing, base)
         sizes = [block.size for block in blocks]
         inputs = x.split(sizes) if x.dim() == 3 else [x] * len(blocks)
         decisions: list[Routing | None] = [None] * len(blocks)
         if routing is not None:
             decisions = [_dense(gates) for gates in routing.dense_gates().split(sizes, dim=1)]
-        y_TF = own._mixed(inputs[0], decisions[0], base)
+        y_TF = own._mixed(kernels, inputs[0], decisions[0], base)
         for block, x_b, decision in zip(others, inputs[1:], decisions[1:], strict=True):
             y_TF = y_TF + block(x_b, decision)
         return y_TF
 
-    def _mixed(self, x: Tensor, routing: Routing | None, base: Base | None) -> Tensor:
+    def _mixed(
+        self, kernels: Backend, x: Tensor, routing: Routing | None, base: Base | None
+    ) -> Tensor:
         """The update of the block's own experts, and the base's product."""
         gates_TK = index_TK = None
         if routing is not None:
@@ -189,7 +194,6 @@ class ExpertBank(nn.Module):
         if x.dim() == 3:
             # an input per expert: only the reference takes one; the option is documented as slow
             return reference.lora_mix(x, gates_TK, index_TK, *factors, base=base)
-        kernels = self.kernels("lora_mix", x, acting(routing))
         plan = {} if index_TK is None else self._plan(kernels, routing)
         return kernels.lora_mix(x, gates_TK, index_TK, *factors, base=base, **plan)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from molora.experts.bank import ExpertBank, compute_dtype
@@ -44,6 +45,9 @@ class SharedProduct:
 
     def of(self, member: MoLoRALinear, x: Tensor) -> Product:
         """The part of one linear, called with x of shape (..., in)."""
+        if not torch.is_grad_enabled():
+            # nothing is kept, and for few rows it would cost more to put the factors together
+            return Product()
         if len(self.members) == 1:
             return _products(x, [member])[0]
         number = self.members.index(member)

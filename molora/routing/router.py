@@ -39,13 +39,20 @@ class LinearRouter(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, in) of any float dtype → (T, E) float32."""
+        if not torch.is_autocast_enabled(x_TD.device.type):
+            return self._logits(x_TD)
         # float32: bf16 logits tie in top-k, and the expert then depends on the backend
         with torch.autocast(x_TD.device.type, enabled=False):
-            if self.training and self.jitter > 0:
-                x_TD = x_TD.float() * torch.empty_like(x_TD, dtype=torch.float32).uniform_(
-                    1 - self.jitter, 1 + self.jitter
-                )
-            return self.finish(_Float32Linear.apply(x_TD, self.weight))
+            return self._logits(x_TD)
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        if self.training and self.jitter > 0:
+            x_TD = x_TD.float() * torch.empty_like(x_TD, dtype=torch.float32).uniform_(
+                1 - self.jitter, 1 + self.jitter
+            )
+        if not torch.is_grad_enabled():
+            return self.finish(_float32_product(x_TD, self.weight))
+        return self.finish(_Float32Linear.apply(x_TD, self.weight))
 
     def is_product(self) -> bool:
         """Whether a call is `finish(x Wᵀ)` of the input as it is, which nobody else waits for."""
@@ -76,8 +83,7 @@ class _Float32Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, weight_ED)
-        wide = _wide(x_TD.dtype)
-        return x_TD.to(wide) @ weight_ED.to(wide).T
+        return _float32_product(x_TD, weight_ED)
 
     @staticmethod
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -95,5 +101,6 @@ class _Float32Linear(torch.autograd.Function):
         return grad_x, grad_w
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _float32_product(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
+    return x_TD.to(wide) @ weight_ED.to(wide).T

@@ -19,6 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from molora.kernels.base import Base
 
+FEW = 16
+"""Rows up to which the update is summed expert by expert."""
+
 
 def lora_mix(
     x_TD: Tensor,
@@ -68,10 +71,14 @@ def down(
         A x of each of `factors`, (T, E·R), and logits of each of `routers`, (T, E) in at least
         float32: lower precision ties in top-k. Differentiable in all inputs.
     """
-    arguments = (x_TD, dropout, dtype or x_TD.dtype, len(factors), *factors, *routers)
+    dtype = dtype or x_TD.dtype
     # entering autocast costs as much as a small product
     with _exact(x_TD.device.type):
-        flat = _Down.apply(*arguments)
+        if torch.is_grad_enabled():
+            flat = _Down.apply(x_TD, dropout, dtype, len(factors), *factors, *routers)
+        else:
+            kept_TD = torch.native_dropout(x_TD, dropout, True)[0] if dropout > 0 else x_TD
+            flat = _downed(kept_TD, dtype, len(factors), (*factors, *routers))
     return list(flat[: len(factors)]), list(flat[len(factors) :])
 
 
@@ -101,6 +108,8 @@ def up(
     Returns:
         (T, F) in the dtype of x. Differentiable in x, the intermediate, gates and B.
     """
+    if not torch.is_grad_enabled():
+        return _upped(x_TD, h_TP, gates_TE, lora_B_EFR, scaling_E, base)
     if base is None:
         return _Up.apply(None, h_TP, gates_TE, lora_B_EFR, scaling_E, None, None, False)
     return _Up.apply(
@@ -124,11 +133,7 @@ class _Down(torch.autograd.Function):
         ctx.save_for_backward(x_TD, mask_TD, *weights)
         ctx.dropout, ctx.dtype, ctx.num_factors = dropout, dtype, num_factors
         ctx.set_materialize_grads(False)
-        outputs: list[Tensor] = []
-        for product_dtype, members in _products(dtype, num_factors, weights):
-            product_TP = kept_TD.to(product_dtype) @ _stacked(members, product_dtype).T
-            outputs += product_TP.split(_widths(members), dim=1)
-        return tuple(outputs)
+        return _downed(kept_TD, dtype, num_factors, weights)
 
     @staticmethod
     # x is saved as a constant, so a second derivative would silently lack its part
@@ -158,6 +163,16 @@ class _Down(torch.autograd.Function):
         if grad_x is not None:
             grad_x = _dropped(grad_x, mask_TD, ctx.dropout)
         return grad_x, None, None, None, *grad_weights
+
+
+def _downed(
+    x_TD: Tensor, dtype: torch.dtype, num_factors: int, weights: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    outputs: list[Tensor] = []
+    for product_dtype, members in _products(dtype, num_factors, weights):
+        product_TP = x_TD.to(product_dtype) @ _stacked(members, product_dtype).T
+        outputs += [product_TP] if len(members) == 1 else product_TP.split(_widths(members), dim=1)
+    return tuple(outputs)
 
 
 def _add_product(sum_TD: Tensor | None, a_TP: Tensor, b_PD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -219,12 +234,8 @@ class _Up(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(h_TP, gates_TE, lora_B, scaling_E, weight)
         ctx.transposed = transposed
-        gated_TP = _gated(h_TP, _weights(gates_TE, scaling_E, h_TP.dtype), lora_B)
-        up_PF = _up_projection(lora_B, h_TP.dtype)
-        if x_TD is None or weight is None:
-            return gated_TP @ up_PF
-        y_TF = Base(weight, bias, transposed).product(x_TD)
-        return torch.addmm(y_TF, gated_TP, up_PF, out=y_TF)
+        base = None if weight is None else Base(weight, bias, transposed)
+        return _upped(x_TD, h_TP, gates_TE, lora_B, scaling_E, base)
 
     @staticmethod
     # the intermediate is saved as a constant, so a second derivative would silently lack its part
@@ -251,6 +262,30 @@ class _Up(torch.autograd.Function):
                 grad_TER = grad_TER * weight_TE1
                 grad_h = grad_TER.sum(dim=1) if shared else grad_TER.flatten(1)
         return grad_x, grad_h, grad_gates, grad_B, None, None, None, None
+
+
+def _upped(
+    x_TD: Tensor | None,
+    h_TP: Tensor,
+    gates_TE: Tensor | None,
+    lora_B: Tensor,
+    scaling_E: Tensor,
+    base: Base | None,
+) -> Tensor:
+    dtype = h_TP.dtype
+    gated_TP = _gated(h_TP, _weights(gates_TE, scaling_E, dtype), lora_B)
+    if len(h_TP) <= FEW:
+        # a copy of the factors in another order would take longer than the product
+        gated_ETR = gated_TP.unflatten(1, (lora_B.shape[0], -1)).transpose(0, 1)
+        up_ERF = lora_B.to(dtype).transpose(1, 2)
+        if base is None or x_TD is None:
+            return torch.bmm(gated_ETR, up_ERF).sum(dim=0)
+        return torch.addbmm(base.product(x_TD), gated_ETR, up_ERF)
+    up_PF = _up_projection(lora_B, dtype)
+    if base is None or x_TD is None:
+        return gated_TP @ up_PF
+    y_TF = base.product(x_TD)
+    return torch.addmm(y_TF, gated_TP, up_PF, out=y_TF)
 
 
 def _gated(h_TP: Tensor, weight_TE1: Tensor, lora_B: Tensor) -> Tensor:
