@@ -63,8 +63,9 @@ def bench(
 
     A call is an op without the base's product: lora_mix, the gated sum of experts at a linear, or
     lora_rows, each chosen expert by itself, as at an FFN. Backends run side by side in every round.
-    With --calibrate, what auto computes with is measured on this machine and kept in a file that
-    later runs read. What else the machine does changes the figures: let it be idle.
+    With --calibrate, what auto computes with is measured on this machine, which takes minutes, and
+    kept in a file that later runs read. What else the machine does changes the figures: let it be
+    idle.
 
     \b
     Example:
@@ -83,7 +84,7 @@ def bench(
     sizes: dict[str, Any] = {"rank": rank, "top_k": top_k, "runs": runs}
     sizes["hidden"] = hidden or ((512, 1024) if calibrate else (1024,))
     sizes["experts"] = experts or ((8, 64) if calibrate else (8,))
-    sizes["tokens"] = tokens or (1, 16, 128, 1024)
+    sizes["tokens"] = tokens or ((1, 16, 128, 1024, 4096) if calibrate else (1, 16, 128, 1024))
     with _threads(threads):
         if calibrate:
             _calibrate(Effort(**sizes), device, names, threads, output, as_json)
@@ -163,7 +164,9 @@ class Row:
             "rank": s.rank,
             "top_k": s.slots,
             "milliseconds": {name: round(ms, 4) for name, ms in self.measured.items()},
-            "estimated": {n: ms and round(ms, 4) for n, ms in self.estimated.items()},
+            "estimated": {
+                name: None if ms is None else round(ms, 4) for name, ms in self.estimated.items()
+            },
             "auto": self.auto,
             "fastest": self.fastest,
             "auto_to_fastest": round(self.ratio, 3),
@@ -227,14 +230,13 @@ def _bench(effort: Effort, device: str, dtypes: Sequence[str], as_json: bool) ->
 def tables_of(rows: Iterable[Row], *, estimates: bool = False) -> Iterator[Text | Table]:
     """Milliseconds by rows and backend, a title and a table for each op, pass and shape.
 
-    Auto's pick is marked; with `estimates` they stand in brackets, without the reference, which
-    auto never picks.
+    Auto's pick is marked; with `estimates` they stand in brackets.
     """
     sections: dict[str, list[Row]] = {}
     for row in rows:
         sections.setdefault(_title(row), []).append(row)
     for title, members in sections.items():
-        names = [n for n in members[0].measured if n != "reference" or not estimates]
+        names = list(dict.fromkeys(name for row in members for name in row.measured))
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for heading in ("rows", *names):
             table.add_column(heading, justify="right", no_wrap=True)
@@ -255,6 +257,8 @@ def _title(row: Row) -> str:
 
 
 def _cell(row: Row, name: str, *, estimates: bool) -> str:
+    if name not in row.measured:  # too large
+        return "–"
     text = f"{row.measured[name]:.3f}"
     estimated = row.estimated.get(name)
     if estimates and estimated is not None:

@@ -6,8 +6,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
-from math import exp, log
+from math import exp, inf, log
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from molora.kernels.work import OPS, Shape, work
 
 Run = Callable[[], object]
 THIN = (1, 4, 8, 16, 32, 64, 128, 256, 512)
+MIB = (1, 4, 16, 32, 64, 256)
 WIDE = 1024
 """The two other sizes of the products whose rates are measured, in values."""
 
@@ -59,16 +61,21 @@ def time_case(
     runs: int,
     *,
     table: Mapping[str, Backend] = BACKENDS,
+    largest: int = 2**29,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Timed]:
     """Time each backend of a table that can run there, side by side in every one of the rounds.
+
+    What needs a tensor of more than `largest` bytes is left out.
 
     Raises:
         BackendError: fewer than one round.
     """
     if runs < 1:
         raise BackendError(f"runs={runs} measures nothing. Give 1 or more.")
-    calls = {name: _call(case, backend) for name, backend in table.items() if _runs(name, case)}
+    calls = {
+        name: _call(case, backend) for name, backend in table.items() if _runs(name, case, largest)
+    }
     rounds: dict[str, list[float]] = {name: [] for name in calls}
     wait = _wait(case.device)
     for number in range(runs + 1):
@@ -81,8 +88,11 @@ def time_case(
     return [Timed(case, name, tuple(seconds)) for name, seconds in rounds.items()]
 
 
-def _runs(name: str, case: Case) -> bool:
-    return name == "reference" or not cost.refusal(name, case.dtype, case.device)
+def _runs(name: str, case: Case, largest: int) -> bool:
+    if name != "reference" and cost.refusal(name, case.dtype, case.device):
+        return False
+    counted = work(case.op, name, case.shape, case.dtype.itemsize, training=case.training)
+    return counted.largest <= largest
 
 
 def _wait(device: str) -> Callable[[], object]:
@@ -139,7 +149,7 @@ class Effort:
 
     hidden: Sequence[int] = (512, 1024)
     experts: Sequence[int] = (8, 64)
-    tokens: Sequence[int] = (1, 16, 128, 1024)
+    tokens: Sequence[int] = (1, 16, 128, 1024, 4096)
     rank: int = 8
     top_k: int = 2
     runs: int = 7
@@ -176,6 +186,7 @@ def calibrate(
     with torch.no_grad():
         bandwidth, group = _bandwidth(device, effort.runs), _group(device, effort.runs)
     figures = DeviceFigures(source, bandwidth, group, {})
+    table = {name: BACKENDS[name] for name in cost.CANDIDATES if name in BACKENDS}
     times: list[Timed] = []
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
@@ -186,7 +197,8 @@ def calibrate(
         for op, cases in groupby(effort.cases(dtype, device), key=lambda case: case.op):
             progress(f"{op} in {name}")
             for case in cases:
-                of_dtype += time_case(case, effort.runs)
+                # gather copies its experts for every row: many rows take minutes
+                of_dtype += time_case(case, effort.runs, table=table, largest=2**27)
         bare = replace(figures, dtypes={name: DtypeFigures(rates, {})})
         fitted = DtypeFigures(rates, _lines(of_dtype, bare, name))
         whole = Calibration({device: replace(figures, dtypes={name: fitted})})
@@ -220,27 +232,29 @@ def described(
         )
 
 
-def fit(points: Sequence[tuple[float, float]]) -> Line:
-    """The line through (counted, measured) seconds whose ratios to the measured are nearest to 1.
+def fit(points: Sequence[tuple[float, float, float]]) -> Line:
+    """The line through (in cache, added, measured) seconds whose ratios to these are nearest to 1.
 
     Least absolute logarithms: a time that something else on the machine made longer has no more
     weight than another.
     """
-    # constants as shares of the counted work; scale follows from them
-    tried = [(0.0, 1.0), *((2.0 ** (i / 2) * 1e-7, 1.0) for i in range(40)), (1.0, 0.0)]
-    lines = []
-    for constant, slope in tried:
-        gaps = [log(measured / (slope * counted + constant)) for counted, measured in points]
-        factor = exp(statistics.median(gaps))
-        error = sum(abs(gap - log(factor)) for gap in gaps)
-        lines.append((error, Line(factor * slope, factor * constant)))
-    return min(lines, key=lambda pair: pair[0])[1]
+    constants = [0.0, *(2.0 ** (i / 2) * 1e-7 for i in range(40))]
+    spills = [0.0, *(2.0 ** (i / 2) for i in range(-6, 7))]
+    shapes = [(1.0, s, c) for s in spills for c in constants] + [(0.0, 0.0, 1.0)]
+    best = (inf, Line(0.0, 0.0, 0.0))
+    for scale, spill, fixed in shapes:
+        gaps = [log(m / (scale * near + spill * added + fixed)) for near, added, m in points]
+        factor = statistics.median(gaps)
+        error = sum(abs(gap - factor) for gap in gaps)
+        if error < best[0]:
+            best = (error, Line(*(exp(factor) * part for part in (scale, spill, fixed))))
+    return best[1]
 
 
 def _lines(
     times: Sequence[Timed], device: DeviceFigures, dtype: str
 ) -> dict[tuple[str, str, str], Line]:
-    points: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    points: dict[tuple[str, str, str], list[tuple[float, float, float]]] = {}
     for timed in times:
         case = timed.case
         mode = "training" if case.training else "forward"
@@ -248,7 +262,7 @@ def _lines(
             case.op, timed.backend, case.shape, case.dtype.itemsize, training=case.training
         )
         seconds = cost.counted_seconds(counted, device, device.dtypes[dtype])
-        points.setdefault((case.op, timed.backend, mode), []).append((seconds, timed.fastest))
+        points.setdefault((case.op, timed.backend, mode), []).append((*seconds, timed.fastest))
     return {key: fit(pairs) for key, pairs in points.items()}
 
 
@@ -263,11 +277,15 @@ def _fastest(run: Run, device: str, runs: int) -> float:
     return min(seconds)
 
 
-def _bandwidth(device: str, runs: int) -> float:
-    """Bytes/s of reading rows in another order and writing them."""
-    x_TD = torch.randn(WIDE, WIDE, device=device)
-    order_T = torch.randperm(WIDE, device=device)
-    return 2 * x_TD.nbytes / _fastest(lambda: x_TD.index_select(0, order_T), device, runs)
+def _bandwidth(device: str, runs: int) -> tuple[tuple[float, float], ...]:
+    """(bytes, bytes/s) of reading rows in another order into a new tensor, by its size."""
+    found = []
+    for mib in MIB:
+        x_TD = torch.randn(mib * 2**18 // WIDE, WIDE, device=device)
+        order_T = torch.randperm(len(x_TD), device=device)
+        seconds = _fastest(partial(x_TD.index_select, 0, order_T), device, runs)
+        found.append((x_TD.nbytes, 2 * x_TD.nbytes / seconds))
+    return tuple(found)
 
 
 def _group(device: str, runs: int) -> float:

@@ -24,9 +24,11 @@ _REMEDY = "Correct it, or delete the file and run: molora bench --calibrate"
 
 @dataclass(frozen=True)
 class Line:
-    """Seconds of a call = scale × seconds of its counted work + fixed."""
+    """Seconds of a call = scale × those of its work in cache + spill × what is added by tensors
+    that fit no cache + fixed."""
 
     scale: float
+    spill: float
     fixed: float
 
 
@@ -40,7 +42,7 @@ class DtypeFigures:
         crossovers: for who reads the file, where the choice changes with the number of rows.
     """
 
-    rates: Mapping[str, tuple[tuple[int, float], ...]]
+    rates: Mapping[str, tuple[tuple[float, float], ...]]
     lines: Mapping[tuple[str, str, str], Line]
     crossovers: tuple[str, ...] = ()
 
@@ -51,13 +53,13 @@ class DeviceFigures:
 
     Attributes:
         source: where the figures are from.
-        bandwidth: bytes/s of what is no product.
+        bandwidth: (bytes of a tensor, bytes/s of reading and writing one), of what is no product.
         group: seconds that each group adds to a grouped product.
         dtypes: name of a dtype → its figures.
     """
 
     source: str
-    bandwidth: float
+    bandwidth: tuple[tuple[float, float], ...]
     group: float
     dtypes: Mapping[str, DtypeFigures]
 
@@ -149,12 +151,12 @@ def load_calibration() -> Calibration:
 
 
 def _device(values: Any, where: str) -> DeviceFigures:
-    keys = ("source", "bandwidth_gb_per_s", "group_us", "dtypes")
+    keys = ("source", "gb_per_s_by_mib", "group_us", "dtypes")
     table = _table(values, where, keys)
     dtypes = _table(table["dtypes"], f"{where}.dtypes", optional=DTYPES)
     return DeviceFigures(
         source=str(table["source"]),
-        bandwidth=_number(table["bandwidth_gb_per_s"], f"{where}.bandwidth_gb_per_s") * 1e9,
+        bandwidth=_points(table["gb_per_s_by_mib"], f"{where}.gb_per_s_by_mib", 2**20),
         group=_number(table["group_us"], f"{where}.group_us", zero=True) * 1e-6,
         dtypes={name: _dtype(v, f"{where}.{name}") for name, v in dtypes.items()},
     )
@@ -164,25 +166,31 @@ def _dtype(values: Any, where: str) -> DtypeFigures:
     table = _table(values, where, ("gflop_per_s", "backends", "crossovers"))
     rates = {}
     for kind, rate in _table(table["gflop_per_s"], f"{where}.gflop_per_s", KINDS).items():
-        entries = _table(rate, f"{where}.gflop_per_s.{kind}")
-        if not entries or not all(thin.isdecimal() for thin in entries):
-            raise ConfigError(
-                f"{where}.gflop_per_s.{kind} has the keys {list(entries)}; they must be sizes "
-                f"such as 8 and 64. {_REMEDY}"
-            )
-        points = ((int(thin), _number(v, f"{where}.{kind}.{thin}")) for thin, v in entries.items())
-        rates[kind] = tuple(sorted((thin, gflops * 1e9) for thin, gflops in points))
+        rates[kind] = _points(rate, f"{where}.gflop_per_s.{kind}", 1)
     lines = {}
     for op, backends in _table(table["backends"], f"{where}.backends", optional=OPS).items():
         known = _table(backends, f"{where}.{op}", optional=BACKENDS)
         for backend, modes in known.items():
             inner = f"{where}.{op}.{backend}"
             for mode, line in _table(modes, inner, optional=MODES).items():
-                found = _table(line, f"{inner}.{mode}", ("scale", "fixed_us"))
-                scale = _number(found["scale"], f"{inner}.{mode}.scale", zero=True)
-                fixed = _number(found["fixed_us"], f"{inner}.{mode}.fixed_us", zero=True)
-                lines[op, backend, mode] = Line(scale, fixed * 1e-6)
+                keys = ("scale", "spill", "fixed_us")
+                found = _table(line, f"{inner}.{mode}", keys)
+                scale, spill, fixed = (
+                    _number(found[key], f"{inner}.{mode}.{key}", zero=True) for key in keys
+                )
+                lines[op, backend, mode] = Line(scale, spill, fixed * 1e-6)
     return DtypeFigures(rates, lines, tuple(map(str, table["crossovers"])))
+
+
+def _points(values: Any, where: str, unit: int) -> tuple[tuple[int, float], ...]:
+    """(size, rate) in ascending order of a table of size → 10⁹ a second."""
+    entries = _table(values, where)
+    if not entries or not all(size.isdecimal() for size in entries):
+        raise ConfigError(
+            f"{where} has the keys {list(entries)}; they must be sizes such as 8 and 64. {_REMEDY}"
+        )
+    found = ((int(size), _number(v, f"{where}.{size}")) for size, v in entries.items())
+    return tuple(sorted((size * unit, rate * 1e9) for size, rate in found))
 
 
 def _table(
@@ -211,7 +219,7 @@ def _number(value: Any, where: str, *, zero: bool = False) -> float:
 def _device_values(figures: DeviceFigures) -> dict[str, Any]:
     return {
         "source": figures.source,
-        "bandwidth_gb_per_s": _rounded(figures.bandwidth / 1e9),
+        "gb_per_s_by_mib": _point_values(figures.bandwidth, 2**20),
         "group_us": _rounded(figures.group * 1e6),
         "dtypes": {name: _dtype_values(values) for name, values in figures.dtypes.items()},
     }
@@ -220,14 +228,16 @@ def _device_values(figures: DeviceFigures) -> dict[str, Any]:
 def _dtype_values(figures: DtypeFigures) -> dict[str, Any]:
     backends: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for (op, backend, mode), line in figures.lines.items():
-        values = {"scale": _rounded(line.scale), "fixed_us": _rounded(line.fixed * 1e6)}
+        values = {"scale": _rounded(line.scale), "spill": _rounded(line.spill)}
+        values["fixed_us"] = _rounded(line.fixed * 1e6)
         backends.setdefault(op, {}).setdefault(backend, {})[mode] = values
-    rates = {
-        kind: {str(thin): _rounded(rate / 1e9) for thin, rate in points}
-        for kind, points in figures.rates.items()
-    }
+    rates = {kind: _point_values(points, 1) for kind, points in figures.rates.items()}
     crossovers = list(figures.crossovers)
     return {"gflop_per_s": rates, "backends": backends, "crossovers": crossovers}
+
+
+def _point_values(points: Iterable[tuple[float, float]], unit: int) -> dict[str, float]:
+    return {str(round(size / unit)): _rounded(rate / 1e9) for size, rate in points}
 
 
 def _rounded(value: float) -> float:

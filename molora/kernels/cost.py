@@ -1,8 +1,9 @@
 """Which backend "auto" stands for: the one that is estimated to take the least time.
 
-A call's time is scale · (Σ products + bytes / bandwidth) + fixed. What is multiplied and moved is
-counted from shapes (`kernels.work`); how fast that goes is in a calibration. Nothing here reads a
-tensor, so nothing waits for a device and the routing does not matter.
+A call's time is scale · (Σ products + bytes / bandwidth) + spill · (what large tensors add) +
+fixed. What is multiplied and moved is counted from shapes (`kernels.work`); how fast that goes is
+in a calibration. Nothing here reads a tensor, so nothing waits for a device and the routing does
+not matter.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 # in this order where estimates are equal; the reference is what the others are held against
 CANDIDATES = ("dense", "grouped", "gather", "triton")
+CACHED_BYTES = 4 * 2**20
+"""Of the tensors that rates and the nearer bandwidth of a calibration were measured with."""
 FALLBACK = "dense"
 """Where there are no figures, and under torch.compile: its shapes never depend on the routing."""
 
@@ -113,7 +116,8 @@ def explain(
         if found is not None:
             line = found[1].lines.get((op, name, mode))
             if line is not None:
-                seconds = line.scale * counted_seconds(counted, *found) + line.fixed
+                near, added = counted_seconds(counted, *found)
+                seconds = line.scale * near + line.spill * added + line.fixed
         if seconds is None and not reason:
             reason = f"no figures for {device_type}"
         gflop = sum(product.flops for product in counted.products) / 1e9
@@ -124,7 +128,7 @@ def explain(
 def refusal(name: str, dtype: torch.dtype, device_type: str) -> str:
     """Why "auto" never takes a backend there; empty if it may."""
     if name == "reference":
-        return "the specification, not made for speed"
+        return "the specification: it is not made for speed"
     if name == "triton" and device_type != "cuda":
         return f"needs a GPU of NVIDIA or AMD, not {device_type}"
     if name in ("grouped", "triton") and dtype not in _LOW:
@@ -232,31 +236,43 @@ def _chosen(
     return min(fit, key=lambda pair: pair[0])[1] if fit else FALLBACK
 
 
-def counted_seconds(counted: Work, device: DeviceFigures, figures: DtypeFigures) -> float:
-    """Seconds of products and bytes, before a backend's line is applied."""
-    products = sum(_product_seconds(product, device, figures) for product in counted.products)
-    return products + counted.bytes / device.bandwidth
+def counted_seconds(
+    counted: Work, device: DeviceFigures, figures: DtypeFigures
+) -> tuple[float, float]:
+    """Seconds of products and bytes in cache, and what tensors that fit none add to them."""
+    near = counted.bytes / _between(device.bandwidth, CACHED_BYTES)
+    added = _added(counted.bytes, counted.largest, device)
+    for product in counted.products:
+        near += product.flops / rate(product, figures)
+        if product.kind == "grouped":
+            near += device.group * product.groups
+        size = product.results * counted.itemsize
+        added += _added(size, size, device)
+    return near, added
 
 
-def _product_seconds(product: Product, device: DeviceFigures, figures: DtypeFigures) -> float:
-    groups = device.group * product.groups if product.kind == "grouped" else 0.0
-    return product.flops / rate(product, figures) + groups
+def _added(moved: float, size: float, device: DeviceFigures) -> float:
+    """Seconds by which moving bytes takes longer in a tensor of this size than in cache."""
+    usual, own = (_between(device.bandwidth, s) for s in (CACHED_BYTES, size))
+    return max(0.0, moved / own - moved / usual)
 
 
 def rate(product: Product, figures: DtypeFigures) -> float:
-    """FLOP/s by the smallest dimension, between measured ones along straight lines of log₂."""
+    """FLOP/s by the smallest dimension; padding of smaller ones costs what a whole one would."""
     points = figures.rates[product.kind]
-    below, above = points[0], points[-1]
-    for point in points:
-        if point[0] <= product.thin:
-            below = point
-        else:
-            above = point
+    return _between(points, product.thin) * min(1.0, product.thin / points[0][0])
+
+
+def _between(points: tuple[tuple[float, float], ...], size: float) -> float:
+    """The rate at a size, along straight lines of log₂ of it; the ends' outside of them."""
+    below = points[0]
+    for above in points:
+        if size <= above[0]:
             break
-    if product.thin <= below[0] or above[0] <= below[0]:
-        # under the smallest, padding costs what a whole one would
-        return below[1] * min(1.0, product.thin / below[0])
-    share = log2(product.thin / below[0]) / log2(above[0] / below[0])
+        below = above
+    if above[0] <= below[0] or size >= above[0]:
+        return above[1]
+    share = max(0.0, log2(max(size, 1) / below[0]) / log2(above[0] / below[0]))
     return below[1] + share * (above[1] - below[1])
 
 

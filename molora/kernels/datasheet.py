@@ -15,12 +15,10 @@ THIN = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Operators of a call that start a kernel, counted in bfloat16: forward, forward and backward.
 LAUNCHES: dict[tuple[str, str], tuple[int, int]] = {
-    ("lora_mix", "reference"): (11, 28),
     ("lora_mix", "dense"): (10, 31),
     ("lora_mix", "grouped"): (17, 46),
     ("lora_mix", "gather"): (11, 29),
     ("lora_mix", "triton"): (6, 16),
-    ("lora_rows", "reference"): (7, 22),
     ("lora_rows", "dense"): (11, 31),
     ("lora_rows", "grouped"): (16, 43),
     ("lora_rows", "gather"): (9, 22),
@@ -50,7 +48,7 @@ A100 = DataSheet(
 def figures(sheet: DataSheet) -> DeviceFigures:
     """Figures that follow from a data sheet; each group of a grouped product is a kernel."""
     lines = {
-        (op, backend, mode): Line(1.0, number * sheet.launch)
+        (op, backend, mode): Line(1.0, 1.0, number * sheet.launch)
         for (op, backend), launches in LAUNCHES.items()
         for mode, number in zip(("forward", "training"), launches, strict=True)
     }
@@ -62,4 +60,4 @@ def figures(sheet: DataSheet) -> DeviceFigures:
         f"derived, not measured: the data sheet of {sheet.name} and {sheet.launch * 1e6:g} µs for "
         "each start of a kernel"
     )
-    return DeviceFigures(source, sheet.bandwidth, sheet.launch, dtypes)
+    return DeviceFigures(source, ((2**20, sheet.bandwidth),), sheet.launch, dtypes)

@@ -7,7 +7,7 @@ is not counted, calls and small tensors, is in the figures of a calibration (`ke
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import comb
 from typing import Literal
@@ -58,6 +58,11 @@ class Product:
         return 2 * self.m * self.n * self.k * self.groups
 
     @property
+    def results(self) -> float:
+        """Numbers that it writes."""
+        return self.m * self.n * self.groups
+
+    @property
     def thin(self) -> float:
         """The smallest dimension, on which the rate of a product depends most."""
         return max(1.0, min(self.m, self.n, self.k))
@@ -65,10 +70,15 @@ class Product:
 
 @dataclass(frozen=True)
 class Work:
-    """Matrix products, and bytes read and written by everything else."""
+    """Matrix products, and bytes read and written by everything else.
+
+    `largest` is the most bytes of one tensor among these: what fits no cache moves more slowly.
+    """
 
     products: tuple[Product, ...]
     bytes: float
+    itemsize: int = PARAMETER_BYTES
+    largest: float = 0
 
     def __add__(self, other: Work) -> Work:
         return Work(self.products + other.products, self.bytes + other.bytes)
@@ -81,8 +91,25 @@ def work(op: str, backend: str, shape: Shape, itemsize: int, *, training: bool) 
         KeyError: no such op or backend.
     """
     forward, backward = _WORK[op, backend]
-    work = forward(shape, itemsize)
-    return work + backward(shape, itemsize) if training else work
+    counted = forward(shape, itemsize)
+    if training:
+        counted += backward(shape, itemsize)
+    largest = _largest(op, backend, shape) * itemsize
+    return replace(counted, itemsize=itemsize, largest=largest)
+
+
+def _largest(op: str, backend: str, s: Shape) -> int:
+    """Values of the largest tensor beside the products' own."""
+    width, results = max(s.in_features, s.out_features), s.rows * s.slots * s.out_features
+    if backend == "gather":
+        return s.rows * s.slots * s.rank * width
+    if op == "lora_mix":
+        return (_groups(s).sorted_rows if backend == "grouped" else s.rows) * width
+    if backend == "reference":
+        return s.rows * s.num_experts * s.out_features
+    if backend == "grouped":
+        return s.rows * s.slots * width
+    return max(results, s.rows * s.slots * s.num_experts * s.rank)
 
 
 def _sizes(s: Shape) -> tuple[int, int, int]:

@@ -42,6 +42,7 @@ def test_every_backend_op_and_pass_is_timed(molora: Callable[..., Any]) -> None:
         assert (line["hidden"], line["experts"], line["rank"], line["top_k"]) == (16, 4, 8, 2)
         assert (line["dtype"], line["device"]) == ("bfloat16", "cpu")
         assert set(line["milliseconds"]) == set(line["estimated"]) == RUN
+        assert {name for name, ms in line["estimated"].items() if ms is None} == {"reference"}
         assert line["auto"] in RUN - {"reference"}
         assert (line["auto"] == line["fastest"]) <= (line["auto_to_fastest"] == 1)
 

@@ -115,7 +115,7 @@ def test_inspect_follows_the_users_figures(
     found = shipped().devices["cpu"]
     dtype = found.dtypes["float32"]
     # gather takes no time, however many rows there are
-    free = {key: Line(0, 0) if key[1] == "gather" else line for key, line in dtype.lines.items()}
+    free = {key: Line(0, 0, 0) if key[1] == "gather" else line for key, line in dtype.lines.items()}
     figures = replace(found, dtypes={"float32": replace(dtype, lines=free)})
     before = molora("inspect", adapter).out
     Calibration({"cpu": figures}).save(user_file())
