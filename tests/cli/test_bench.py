@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from molora.cli.bench import Row, row_of
+from molora.cli.bench import Row, machine, row_of
 from molora.kernels import BACKENDS
 from molora.kernels.calibrate import Case, Timed
 from molora.kernels.calibration import Calibration, shipped, user_file
@@ -64,19 +64,27 @@ def test_tables_mark_what_auto_picks_and_say_by_whose_figures(molora: Callable[.
     assert shipped().devices["cpu"].source in " ".join(outcome.out.split())
 
 
-def test_a_calibration_is_kept_and_used_from_then_on(molora: Callable[..., Any]) -> None:
+def test_a_calibration_is_kept_and_used_from_then_on(
+    molora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("molora.cli.bench.machine", lambda device, threads: f"{threads} abacus")
     outcome = molora("bench", "--calibrate", *SMALL, "--dtype", "float32")
     assert outcome.code == 0, outcome.err
     assert f"Kept in {user_file()}." in outcome.out
     assert "Measuring lora_mix in float32" in outcome.err
     figures = Calibration.load(user_file()).devices["cpu"]
-    assert figures.source.startswith("measured by molora bench --calibrate on 1 thread(s) of")
+    assert figures.source == "measured by molora bench --calibrate on 1 abacus"
     assert set(figures.dtypes) == {"float32"}
     for line in figures.dtypes["float32"].crossovers:
         assert f"float32: {line}" in outcome.out
     again = " ".join(molora("bench", *SMALL).out.split())
     assert figures.source in again
     assert shipped().devices["cpu"].source not in again
+
+
+def test_the_machine_is_named_with_its_threads_and_torch() -> None:
+    assert machine("cpu", 3).startswith("3 thread(s) of ")
+    assert machine("cpu", 3).endswith(f" with torch {torch.__version__}")
 
 
 def test_a_calibration_of_one_device_leaves_those_of_others(
