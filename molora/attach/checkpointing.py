@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 
+import torch
 from torch import nn
 
 from molora.errors import AttachError
@@ -37,12 +38,16 @@ def checkpoint_context() -> tuple[AbstractContextManager[None], AbstractContextM
 
 
 def enter(context: ForwardContext) -> None:
-    """Mark a forward as running."""
+    """Mark a forward as running. A compiled forward is one graph, whose recomputation it makes."""
+    if torch.compiler.is_compiling():
+        return
     _running.set((*_running.get(), context))
 
 
 def leave(context: ForwardContext) -> None:
     """Mark it as done, together with any inside it."""
+    if torch.compiler.is_compiling():
+        return
     running = _running.get()
     if context in running:
         _running.set(running[: running.index(context)])

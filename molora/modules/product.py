@@ -48,7 +48,8 @@ class SharedProduct:
         if not torch.is_grad_enabled():
             # nothing is kept, and for few rows it would cost more to put the factors together
             return Product()
-        if len(self.members) == 1:
+        if len(self.members) == 1 or torch.compiler.is_compiling():
+            # a compiled, checkpointed block may change nothing outside of itself
             return _products(x, [member])[0]
         number = self.members.index(member)
         if self._x is x and number in self._made:

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -250,7 +249,8 @@ class _Up(torch.autograd.Function):
         if needs_B:
             # this way round the rows of both operands are contiguous
             grad_PF = _gated(h_TP, weight_TE1, lora_B).T @ grad_TF
-            grad_B = rearrange(grad_PF, "(e r) f -> e f r", e=len(lora_B)).to(lora_B.dtype)
+            grad_ERF = grad_PF.unflatten(0, (lora_B.shape[0], -1))
+            grad_B = grad_ERF.transpose(1, 2).to(lora_B.dtype)
         if needs_h or needs_gates:
             grad_TP = grad_TF @ _up_projection(lora_B, h_TP.dtype).T
             grad_TER = grad_TP.view(-1, lora_B.shape[0], lora_B.shape[2])
@@ -293,7 +293,7 @@ def _gated(h_TP: Tensor, weight_TE1: Tensor, lora_B: Tensor) -> Tensor:
 
 
 def _up_projection(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
-    return rearrange(lora_B.to(dtype), "e f r -> (e r) f")
+    return lora_B.to(dtype).transpose(1, 2).flatten(0, 1)
 
 
 def _per_expert(h_TP: Tensor, lora_B: Tensor) -> Tensor:
