@@ -34,11 +34,13 @@ RUNTIME = ("depth", "part", "first_tile")
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU: what triton calls it, and the shared memory that one program may have, in bytes."""
+    """A GPU: what triton calls it, the shared memory that one program may have, in bytes, and the
+    FLOPs per byte that `triton_bank.balance` takes it for."""
 
     name: str
     gpu: GPUTarget
     shared_memory: int
+    flops_per_byte: float
 
 
 # CUDA C++ Programming Guide, table of compute capabilities: 163, 227 and 227 KB of shared memory
@@ -46,10 +48,10 @@ class Target:
 TARGETS = {
     target.name: target
     for target in (
-        Target("sm_80", GPUTarget("cuda", 80, 32), 163 * 1024),
-        Target("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024),
-        Target("sm_100", GPUTarget("cuda", 100, 32), 227 * 1024),
-        Target("gfx942", GPUTarget("hip", "gfx942", 64), 64 * 1024),
+        Target("sm_80", GPUTarget("cuda", 80, 32), 163 * 1024, 125),
+        Target("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024, 235),
+        Target("sm_100", GPUTarget("cuda", 100, 32), 227 * 1024, 235),
+        Target("gfx942", GPUTarget("hip", "gfx942", 64), 64 * 1024, 150),
     )
 }
 
@@ -103,31 +105,40 @@ def recorded(target: Target) -> Iterator[list[Launch]]:
     with (
         mock.patch.multiple(triton_programs, **stand_ins),
         mock.patch.object(triton_bank, "require"),
+        mock.patch.object(triton_bank, "balance", return_value=target.flops_per_byte),
         mock.patch.object(torch.version, "hip", "7" if target.gpu.backend == "hip" else None),
     ):
         yield launches
 
 
-def launches_of(case: Case, target: Target) -> list[Launch]:
-    """Those of a forward and backward pass on the target."""
+def inputs(case: Case, device: str = "meta") -> dict[str, Any]:
+    """The tensors of a case."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
+        return torch.empty(*shape, dtype=dtype, device=device)
 
-    x = empty(case.tokens, case.width, dtype=case.dtype).requires_grad_()
-    gates = index = None
-    if case.gated:
-        gates = empty(case.tokens, case.slots).requires_grad_()
-        index = empty(case.tokens, case.slots, dtype=torch.int64)
-    lora_A = empty(1 if case.shared_A else case.experts, case.rank, case.width).requires_grad_()
-    lora_B = empty(case.experts, case.width, case.rank).requires_grad_()
-    scaling = empty(case.experts)
+    width, dtype = case.width, case.dtype
+    chosen = case.gated or case.op == "lora_rows"
+    return {
+        "x": empty(case.tokens, width, dtype=dtype).requires_grad_(),
+        "gates": empty(case.tokens, case.slots).requires_grad_() if case.gated else None,
+        "index": empty(case.tokens, case.slots, dtype=torch.int64) if chosen else None,
+        "lora_A": empty(1 if case.shared_A else case.experts, case.rank, width).requires_grad_(),
+        "lora_B": empty(case.experts, width, case.rank).requires_grad_(),
+        "scaling": empty(case.experts),
+        "base": Base(empty(width, width, dtype=dtype)) if case.base else None,
+    }
+
+
+def launches_of(case: Case, target: Target) -> list[Launch]:
+    """Those of a forward and backward pass on the target."""
+    p = inputs(case)
+    factors = (p["lora_A"], p["lora_B"], p["scaling"])
     with recorded(target) as launches:
         if case.op == "lora_mix":
-            base = Base(empty(case.width, case.width, dtype=case.dtype)) if case.base else None
-            y = lora_mix(x, gates, index, lora_A, lora_B, scaling, base=base)
+            y = lora_mix(p["x"], p["gates"], p["index"], *factors, base=p["base"])
         else:
-            y = lora_rows(x, index, lora_A, lora_B, scaling)
+            y = lora_rows(p["x"], p["index"], *factors)
         y.backward(torch.empty_like(y))
     return launches
 

@@ -25,19 +25,38 @@ from molora.kernels.base import Base
 from molora.kernels.triton_launch import Weights, narrow, outer, require, widen
 from molora.kernels.triton_rows import Rows, as_they_come, sorted_by_expert
 
-FLOPS_PER_BYTE = 150
-"""At which products take as long as memory: A100 312 TFLOP/s and 2.04 TB/s. An H100's 295 are on
-paper; its products reach less of their peak than its memory does."""
+FLOPS_PER_BYTE = 125.0
 
 
-def sorting_pays(num_experts: int, rank: int, slots: int, *, summed: bool) -> bool:
+def balance(device: torch.device) -> float:
+    """FLOPs in the time of a byte: where products begin to take longer than memory.
+
+    An A100 has 312 TFLOP/s and 2.04 TB/s, an H100 989 and 3.35, a B200 2,250 and 8, an MI300X 1,307
+    and 5.3 on their data sheets: 153, 295, 281 and 247. Assumed here is that products reach 0.8 of
+    that beside memory, on AMD 0.6.
+    """
+    if device.type != "cuda":
+        return FLOPS_PER_BYTE
+    if torch.version.hip is not None:
+        return 150.0
+    return 235.0 if torch.cuda.get_device_capability(device) >= (9, 0) else FLOPS_PER_BYTE
+
+
+def sorting_pays(
+    num_experts: int,
+    rank: int,
+    slots: int,
+    *,
+    summed: bool,
+    flops_per_byte: float = FLOPS_PER_BYTE,
+) -> bool:
     """Whether rows sorted by expert take less time than all experts' columns, by count.
 
-    Per row and place of D in two bytes each: as they come, narrow reads a row and widen reads and
+    Per row and place of D, of two bytes each: as they come, narrow reads a row and widen reads and
     writes one (writes `slots` rows if not summed), or they compute 2·E·R FLOPs, whichever takes
     longer. Sorted, each slot reads a row and then again reads and writes (or writes) one.
     """
-    products = 2 * num_experts * rank / FLOPS_PER_BYTE
+    products = 2 * num_experts * rank / flops_per_byte
     if summed:
         return 2 * slots + 4 * slots < max(2, products) + max(4, products)
     return 2 * slots + 2 * slots < max(2, products) + slots * max(2, products)
@@ -65,7 +84,7 @@ def _layout(
     if index_TK is None:
         return _Layout(plain, plain, x_group=1, h_group=1, y_group=1)
     slots, (experts, _, rank) = index_TK.shape[1], lora_B.shape
-    if sorting_pays(experts, rank, slots, summed=summed):
+    if sorting_pays(experts, rank, slots, summed=summed, flops_per_byte=balance(x_TD.device)):
         rows, y_group = sorted_by_expert(index_TK, experts, dtype), slots if summed else 1
         if len(lora_A) == experts:
             return _Layout(rows, rows, x_group=slots, h_group=1, y_group=y_group)

@@ -123,7 +123,7 @@ def narrow(
         sums = x.new_empty(rows.count, experts * max(1, width // tile.block_p), dtype=torch.float32)
     _launch(
         "narrow",
-        (rows.lists * rows.tiles_per_list, blocks, 1),
+        (blocks, rows.lists * rows.tiles_per_list, 1),
         rows,
         tile,
         weights,

@@ -49,7 +49,8 @@ class Gates(NamedTuple):
 class Slots(NamedTuple):
     """How many rows there are; if sorted: slots in order, and where a tile or expert starts.
 
-    `tiles` has for each tile its expert and the first position in `order` and that after the last.
+    `tiles` has for each tile its expert, its first position in `order` and that after the expert's
+    last.
     `starts` has for each of `groups` sorted lists the positions where experts start, and its end.
     """
 
@@ -158,8 +159,10 @@ def narrow(
 ):
     """out = x Wᵀ, with WEIGHTED gate · scaling · x Wᵀ; and the gates' gradient, Σ_r h · x Wᵀ."""
     DTYPE: tl.constexpr = x.at.dtype.element_ty
-    members, exist, expert = rows_of_tile(tl.program_id(0), slots, BLOCK_M, SORTED)
-    columns = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    # blocks of columns are neighbours: what one of them reads of x is in the cache for the next
+    members, exist, expert = rows_of_tile(tl.program_id(1), slots, BLOCK_M, SORTED)
+    first_column = tl.program_id(0) * BLOCK_P
+    columns = first_column + tl.arange(0, BLOCK_P)
     experts, ranks, present = ranks_of(columns, expert, E, R, R_PAD, SORTED)
     places = tl.arange(0, BLOCK_D)
     x_at = x.at + (members // x.group)[:, None] * x.row + places[None, :]
@@ -187,11 +190,10 @@ def narrow(
         products = tl.reshape(h_tile.to(tl.float32) * sums, (BLOCK_M, SHARE, WIDTH))
         # tl.sum is this in a jit of its own, made when triton is imported: for a device or not
         totals = tl.reduce(products, 2, tl.standard._sum_combine)
-        shares = tl.program_id(1) * SHARE + tl.arange(0, SHARE)
+        shares = tl.program_id(0) * SHARE + tl.arange(0, SHARE)
         at = grad_gates.at + members[:, None] * grad_gates.row + shares[None, :]
         tl.store(at, totals, mask=exist[:, None] & (shares < grad_gates.row)[None, :])
     if GATED:
-        first_column = tl.program_id(1) * BLOCK_P
         sums *= gates_of(gates, members, exist, first_column, expert, E, R_PAD, SORTED, BLOCK_P)
     out_at = out.at + members[:, None] * out.row + (experts * out.expert + ranks)[None, :]
     tl.store(out_at, rounded(sums, DTYPE), mask=both)

@@ -19,7 +19,8 @@ class Rows:
         lists: into how many lists they are sorted; every row of x has one slot in each.
         order: (count,) int32, slots sorted by expert, list by list; None: as they come.
         tiles: (lists, tiles, 3) int32, for each tile of `block` positions of `order` its expert,
-            first position and that after the last. As many as there can be; the rest is empty.
+            first position and that after the expert's last. As many as there can be; the rest is
+            empty.
         starts: (lists, E + 1) int32, positions at which experts start, and the list's end.
         block: rows of a tile.
     """

@@ -24,7 +24,7 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # the rest of the table of cases and dtypes takes a minute
 QUICK = {
-    *(("one_row_more", dtype) for dtype in DTYPES),
+    ("one_row_more", torch.float32),
     *(("shared_A", dtype) for dtype in DTYPES),
     ("several_tiles", torch.bfloat16),
     ("columns_of_several_blocks", torch.bfloat16),
@@ -41,7 +41,7 @@ LARGE: dict[str, Problem] = {
     "columns_of_several_blocks": problem(T=40, D=40, F=48, E=9, R=20),
     "rank_of_several_blocks": problem(T=20, D=24, F=40, E=2, R=140),
     "rank_of_several_blocks_all_experts": problem(T=20, D=24, F=40, E=3, R=140, K=3),
-    "many_experts": problem(T=30, D=24, F=20, E=20, R=2, K=3),
+    "many_experts": problem(T=20, D=24, F=20, E=12, R=2, K=3),
     "shared_A": problem(T=70, D=40, F=20, E=6, R=12, shared_A=True, base="wb"),
     "one_expert_has_all": problem(T=150, D=20, F=24, E=4, R=5, K=1, only=(3,), base="wt"),
     "all_experts": problem(T=70, D=24, F=40, E=4, R=8, K=4),
@@ -75,9 +75,9 @@ def test_errors_are_at_most_twice_those_of_plain_torch(op, layout, dtype, case):
 
 
 def shapes(data: st.DataObject) -> Problem:
-    E = data.draw(st.integers(1, 6))
+    E = data.draw(st.integers(1, 5))
     return problem(
-        T=data.draw(st.integers(0, 80)),
+        T=data.draw(st.integers(0, 40)),
         D=data.draw(st.integers(1, 40)),
         F=data.draw(st.integers(1, 40)),
         E=E,
