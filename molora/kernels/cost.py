@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import log2
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -199,14 +199,6 @@ class Chooser:
         shape = (rows, in_features, out_features, num_experts, rank, slots or num_experts, shared_A)
         key = (op, shape, dtype, device_type, training, self.calibration, self.names)
         return self.table[_chosen(*key)]
-
-    def mix(self, **sizes: Any) -> Backend:
-        """`choose` for lora_mix."""
-        return self.choose("lora_mix", **sizes)
-
-    def rows(self, **sizes: Any) -> Backend:
-        """`choose` for lora_rows."""
-        return self.choose("lora_rows", **sizes)
 
 
 _Sizes = tuple[int, int, int, int, int, int, bool]

@@ -266,18 +266,20 @@ def test_the_chooser_returns_backends_of_its_table_and_reads_figures_once(
     )
     chooser = cost.Chooser(BACKENDS)
     for rows in (1, 2, 3):
-        assert chooser.mix(rows=rows, **SIZES) is BACKENDS["gather"]
-        assert chooser.rows(rows=rows, **SIZES) is BACKENDS["gather"]
+        for op in OPS:
+            assert chooser.choose(op, rows=rows, **SIZES) is BACKENDS["gather"]
     assert reads == [1]
     dense = {"dense": BACKENDS["dense"]}
-    assert cost.Chooser(dense, chooser.calibration).mix(rows=1, **SIZES) is BACKENDS["dense"]
+    assert (
+        cost.Chooser(dense, chooser.calibration).choose("lora_mix", rows=1, **SIZES).name == "dense"
+    )
 
 
 def test_under_compile_the_choice_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     chooser = cost.Chooser(BACKENDS, flat(gather=1, dense=2))
-    assert chooser.mix(rows=1, **SIZES).name == "gather"
+    assert chooser.choose("lora_mix", rows=1, **SIZES).name == "gather"
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert chooser.mix(rows=1, **SIZES).name == "dense"
+    assert chooser.choose("lora_mix", rows=1, **SIZES).name == "dense"
 
 
 def test_few_rows_and_many_rows_have_different_backends_on_the_shipped_figures() -> None:
