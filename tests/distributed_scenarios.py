@@ -79,6 +79,9 @@ SCENARIOS: dict[str, Scenario] = {
     "mola-triangle": Scenario(mola(rank=3, losses=BALANCED), settings={"num_hidden_layers": 4}),
     "mola-order": Scenario(mola(**E4, top_k=1, renormalize=False), routing="order"),
     "mola-reference": Scenario(mola(**E6, losses=BALANCED, backend="reference"), **DISJOINT),
+    "mola-grouped": Scenario(mola(**E6, losses=BALANCED, backend="grouped"), **DISJOINT),
+    "mola-gather": Scenario(mola(**E6, losses=BALANCED, backend="gather"), **DISJOINT),
+    "mola-dense": Scenario(mola(**E6, losses=BALANCED, backend="dense"), **DISJOINT),
     "mola-bf16_base": Scenario(mola(**E6, losses=BALANCED), base_dtype=torch.bfloat16, **DISJOINT),
     "mola-bf16_last": Scenario(
         mola(**E6, targets=r"re:.*layers\.1\.mlp\..*", losses=BALANCED),
@@ -94,6 +97,8 @@ SCENARIOS: dict[str, Scenario] = {
     "mixlora-top_p": Scenario(mixlora(**E6, variant="top_p"), optimiser="adamw", **DISJOINT),
     "mixlora-switch": Scenario(mixlora(**E4, variant="switch", capacity=2), **DISJOINT),
     "mixlora-gpt2": Scenario(mixlora(**E6), family="gpt2", **DISJOINT),
+    "mixlora-grouped": Scenario(mixlora(**E6, backend="grouped"), **DISJOINT),
+    "mixlora-gather": Scenario(mixlora(**E6, backend="gather"), **DISJOINT),
     "mixlora-reference": Scenario(mixlora(**E6, backend="reference"), **DISJOINT),
     "mixlora-bf16_base": Scenario(mixlora(**E6), base_dtype=torch.bfloat16, **DISJOINT),
     "mixlora-checkpointing": Scenario(

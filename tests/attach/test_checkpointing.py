@@ -44,6 +44,16 @@ CASES = [
     pytest.param("gpt2", LAYER, OURS, id="gpt2-layer"),
     pytest.param("t5", FFN, OURS, id="t5-ffn"),
     pytest.param("mixtral", LINEAR, OURS, id="mixtral-linear"),
+    *(
+        pytest.param(
+            "llama",
+            config.model_copy(update={"backend": backend}),
+            OURS,
+            id=f"llama-{site}-{backend}",
+        )
+        for site, config in {"linear": LINEAR, "block": scoped("block"), "ffn": FFN}.items()
+        for backend in ("reference", "dense", "grouped", "gather")
+    ),
 ]
 
 

@@ -49,9 +49,11 @@ def check(found: dict[str, Any], engine: str, name: str) -> None:
         # ZeRO-3's hooks sum the gradients of an input in another order, which bf16 rounds
         assert found["error_to_float32"] < 2 * found["expected_to_float32"]
     else:
-        assert found["error"] < TOLERANCE * max(1, found["largest_move"])
+        # under ZeRO-3 projections do not share a product, whose sums have another order
+        tolerance = (10 if partitioning else 1) * TOLERANCE
+        assert found["error"] < tolerance * max(1, found["largest_move"])
         if engine != "zero0":  # which has no norm to tell
-            assert found["norm_error"] < TOLERANCE
+            assert found["norm_error"] < tolerance
     assert found["loss_error"] < TOLERANCE
     assert found["base_drift"] == 0
     assert found["partitioned"] == partitioning

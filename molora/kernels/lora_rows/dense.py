@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -50,7 +49,8 @@ class _Rows(torch.autograd.Function):
         if needs_B:
             # this way round the rows of both operands are contiguous
             grad_PF = _spread(h_TKR, expert_index_TK, len(lora_B)).T @ grad_MF
-            grad_B = rearrange(grad_PF, "(e r) f -> e f r", e=len(lora_B)).to(lora_B.dtype)
+            grad_ERF = grad_PF.unflatten(0, (lora_B.shape[0], -1))
+            grad_B = grad_ERF.transpose(1, 2).to(lora_B.dtype)
         if needs_x or needs_A:
             grad_MP = grad_MF @ _up_projection(lora_B, x_TD).T
             grad_TP = _summed(grad_MP, expert_index_TK, scaling_E, h_TKR)
@@ -93,4 +93,4 @@ def _down_projection(lora_A: Tensor, x_TD: Tensor) -> Tensor:
 
 def _up_projection(lora_B: Tensor, x_TD: Tensor) -> Tensor:
     """(P, F)."""
-    return rearrange(lora_B.to(x_TD.dtype), "e f r -> (e r) f")
+    return lora_B.to(x_TD.dtype).transpose(1, 2).flatten(0, 1)
