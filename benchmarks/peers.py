@@ -116,7 +116,7 @@ def main() -> None:
     sizes = Sizes(hidden=args.hidden, layers=args.layers, tokens=args.tokens)
     names = {f"moe-peft-{method}": method for method in args.methods or METHODS}
     IMPLEMENTATIONS.update({name: builder(method) for name, method in names.items()})
-    for cost in measure(list(names), sizes, args.runs):
+    for cost in measure(list(names), sizes, args.runs, lora=None):
         print(json.dumps(asdict(cost)), flush=True)
 
 

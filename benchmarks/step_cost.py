@@ -1,12 +1,15 @@
-"""What one training step of an adapted causal LM costs, relative to the frozen base on the same
-data.
+"""What one training step of an adapted causal LM costs, relative to the frozen base and to a plain
+LoRA of the same size, on the same data.
 
-Four figures per implementation, the first three free of timing noise:
+Figures of an implementation, the first three free of timing noise:
 
-    flops   floating-point operations of forward and backward
-    saved   bytes of distinct storages that autograd keeps between forward and backward
-    ops     ATen calls of one step, a proxy for kernel launches on a GPU
-    time    median over runs of the ratio to the frozen base's step right beside it
+    flops       floating-point operations of forward and backward
+    saved       bytes of distinct storages that autograd keeps between forward and backward
+    ops         ATen calls of one step, a proxy for kernel launches on a GPU
+    time        median over runs of the ratio to the frozen base's step right beside it
+    lora        the same to a step of peft's LoRA of rank 64
+    overhead    (time − base's) / (LoRA's − base's), of the medians of these two ratios
+    floor       operations / the rate at which the machine multiplies the base's shapes / time
 
 The frozen base has no adapter, but gradients flow down to its embeddings. All parties run at
 dropout 0 without auxiliary losses; the model is a Llama of random weights.
@@ -21,16 +24,17 @@ import argparse
 import gc
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from statistics import median
 
 # a spinning OpenMP thread slows every other process, and with it the measurement
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import flops
 import torch
+from machine import gemm_rate, linear_products
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -56,7 +60,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Cost:
-    """One implementation; `*_x` are ratios to the frozen base."""
+    """One implementation; `*_x` are ratios to the frozen base, `lora_*` to a plain LoRA."""
 
     name: str
     time_x: float
@@ -65,6 +69,10 @@ class Cost:
     ops_x: float
     milliseconds: float
     saved_mib: float
+    floor: float
+    lora_time: float | None = None
+    lora_saved: float | None = None
+    lora_overhead: float | None = None
 
 
 def base_model(sizes: Sizes) -> LlamaForCausalLM:
@@ -119,6 +127,9 @@ IMPLEMENTATIONS: dict[str, Callable[[Sizes], torch.nn.Module]] = {
     "molora-soft": mixture(molora.presets.molora(num_experts=EXPERTS, **COMMON)),
     "mola-top2": mixture(
         molora.presets.mola(num_experts=EXPERTS, top_k=TOP_K, losses=(), **COMMON)
+    ),
+    "mola-top2-of-128": mixture(
+        molora.presets.mola(num_experts=128, top_k=TOP_K, losses=(), **COMMON)
     ),
     "mixlora-top2": mixture(
         molora.presets.mixlora(num_experts=EXPERTS, top_k=TOP_K, losses=(), **COMMON)
@@ -194,32 +205,61 @@ def count(step: Step) -> Counts:
     return Counts(products.get_total_flops(), saved_bytes(step.forward), ops.count)
 
 
-def measure(names: list[str], sizes: Sizes, runs: int) -> Iterator[Cost]:
-    """All implementations interleaved in one process, each beside a step of the frozen base."""
+LORA = "peft-lora-64"
+
+
+def measure(
+    names: list[str], sizes: Sizes, runs: int, *, lora: str | None = LORA
+) -> Iterator[Cost]:
+    """All implementations interleaved in one process, each between a step of the frozen base and
+    one of a plain LoRA."""
     ids_BS = torch.randint(
         0, sizes.vocab, (4, sizes.tokens // 4), generator=torch.Generator().manual_seed(1)
     )
     floor = Step(frozen(sizes), ids_BS)
     floor_counts = count(floor)
-    steps = {name: Step(IMPLEMENTATIONS[name](sizes), ids_BS) for name in names}
+    wanted = dict.fromkeys([*names, *([lora] if lora else [])])
+    steps = {name: Step(IMPLEMENTATIONS[name](sizes), ids_BS) for name in wanted}
     counts = {name: count(step) for name, step in steps.items()}
-    ratios: dict[str, list[float]] = {name: [] for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    rate = gemm_rate(linear_products(floor.model, sizes.tokens))
+    seconds: dict[str, list[Seconds]] = {name: [] for name in names}
     for _ in range(runs):
-        for name, step in steps.items():
-            base = _timed(floor)
-            seconds[name].append(_timed(step))
-            ratios[name].append(seconds[name][-1] / base)
-    for name, counted in counts.items():
-        yield Cost(
+        for name in names:
+            base, own = _timed(floor), _timed(steps[name])
+            seconds[name].append(Seconds(base, own, _timed(steps[lora]) if lora else None))
+    for name in names:
+        counted, time_x = counts[name], median(s.own / s.base for s in seconds[name])
+        cost = Cost(
             name,
-            time_x=round(statistics.median(ratios[name]), 3),
+            time_x=round(time_x, 3),
             flops_x=round(counted.flops / floor_counts.flops, 3),
             saved_x=round(counted.saved / floor_counts.saved, 3),
             ops_x=round(counted.ops / floor_counts.ops, 3),
-            milliseconds=round(statistics.median(seconds[name]) * 1e3, 1),
+            milliseconds=round(median(s.own for s in seconds[name]) * 1e3, 1),
             saved_mib=round(counted.saved / 2**20, 1),
+            floor=round(median(counted.flops / rate / s.own for s in seconds[name]), 3),
         )
+        yield (
+            cost
+            if lora is None
+            else replace(
+                cost,
+                lora_time=round(median(s.own / s.lora for s in seconds[name] if s.lora), 3),
+                lora_saved=round(counted.saved / counts[lora].saved, 3),
+                lora_overhead=round(
+                    (time_x - 1) / (median(s.lora / s.base for s in seconds[name] if s.lora) - 1), 3
+                ),
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of steps right after each other."""
+
+    base: float
+    own: float
+    lora: float | None
 
 
 def _timed(step: Step) -> float:

@@ -8,8 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from molora.kernels import Backend
+from molora.kernels import BACKENDS, Backend
 from molora.kernels.base import Base
+
+
+RUNNABLE = {name: b for name, b in BACKENDS.items() if name != "triton"}
+"""The backends that run on a CPU."""
 
 
 @dataclass(frozen=True)

@@ -194,16 +194,10 @@ class ExpertBank(nn.Module):
         if x.dim() == 3:
             # an input per expert: only the reference takes one; the option is documented as slow
             return reference.lora_mix(x, gates_TK, index_TK, *factors, base=base)
-        plan = {} if index_TK is None else self._plan(kernels, routing)
+        plan = {}
+        if routing is not None and index_TK is not None:
+            plan = _plan(kernels, index_TK, self.size, routing.plans)
         return kernels.lora_mix(x, gates_TK, index_TK, *factors, base=base, **plan)
-
-    def _plan(self, kernels: Backend, routing: Routing | None) -> dict[str, Any]:
-        """The order that a backend sorts rows into, once for all banks that share a decision."""
-        if kernels.plan is None or routing is None:
-            return {}
-        if kernels.name not in routing.plans:
-            routing.plans[kernels.name] = kernels.plan(routing.expert_index, routing.num_experts)
-        return {"plan": routing.plans[kernels.name]}
 
     def _drops(self) -> bool:
         return self.training and self.dropout > 0
@@ -218,13 +212,24 @@ class ExpertBank(nn.Module):
             x_TD = x_TD.repeat_interleave(expert_index_TK.shape[1], dim=0)
         return nn.functional.dropout(x_TD, self.dropout)
 
-    def rows(self, x: Tensor, expert_index_TK: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        """(T, K, out): the ungated update of each slot, of `dropped_rows` and these factors."""
+    def rows(
+        self,
+        x: Tensor,
+        expert_index_TK: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        plans: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """(T, K, out): the ungated update of each slot, of `dropped_rows` and these factors.
+
+        `plans` are those of the decision with these indices.
+        """
         a_row_per_slot = x.shape[0] != expert_index_TK.shape[0]
         index = expert_index_TK.reshape(-1, 1) if a_row_per_slot else expert_index_TK
         kernels = self.kernels("lora_rows", x, index.shape[1])
-        delta = kernels.lora_rows(x, index, lora_A, lora_B, self.scaling)
-        return delta.view(*expert_index_TK.shape, -1)
+        plan = _plan(kernels, index, self.size, {} if a_row_per_slot or plans is None else plans)
+        delta = kernels.lora_rows(x, index, lora_A, lora_B, self.scaling, **plan)
+        return delta.view(*expert_index_TK.shape, self.out_features)
 
     def _dropped(self, x_TD: Tensor) -> Tensor:
         """(T, in), or with a mask per expert (E, T, in)."""
@@ -240,6 +245,17 @@ class ExpertBank(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ExpertBank:
         return apply_keeping_dtype(self, super()._apply, fn, recurse)
+
+
+def _plan(
+    kernels: Backend, expert_index_TK: Tensor, num_experts: int, plans: dict[str, Any]
+) -> dict[str, Any]:
+    """How a backend sorts rows, once for all banks that share a decision and its `plans`."""
+    if kernels.plan is None:
+        return {}
+    if kernels.name not in plans:
+        plans[kernels.name] = kernels.plan(expert_index_TK, num_experts)
+    return {"plan": plans[kernels.name]}
 
 
 def acting(routing: Routing | None) -> int | None:

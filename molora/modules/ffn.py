@@ -57,7 +57,8 @@ class Projection:
         if self.experts is None:
             return _every_slot(y_TF, routing)
         rows, lora_A, lora_B = inputs
-        delta_TKF = self.experts.rows(rows, routing.expert_index, lora_A, lora_B)
+        index_TK, plans = routing.expert_index, routing.plans
+        delta_TKF = self.experts.rows(rows, index_TK, lora_A, lora_B, plans)
         return y_TF[:, None] + delta_TKF.to(y_TF.dtype)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from kernel_problems import RUNNABLE
 from routing_records import dense_record, top_k_record
 from torch import Tensor, nn
 
@@ -12,7 +15,7 @@ from molora.kernels import BACKENDS, backend
 from molora.routing import Routing
 
 IN, OUT = 6, 5
-backends = pytest.mark.parametrize("name", BACKENDS)
+backends = pytest.mark.parametrize("name", RUNNABLE)
 
 
 def block(num_experts: int, rank: int, *, seed: int, trainable: bool = True) -> Block:
@@ -274,3 +277,23 @@ def test_one_graph_serves_every_routing():
         inputs = torch.randn(9, IN), decision.gates, decision.expert_index
         torch.testing.assert_close(compiled(*inputs), run(*inputs))
     assert len(graphs) == 1
+
+
+def test_banks_that_share_a_decision_sort_its_rows_once():
+    sorted_for: list[int] = []
+    grouped = BACKENDS["grouped"]
+
+    def plan(index_TK: Tensor, num_experts: int) -> object:
+        sorted_for.append(num_experts)
+        return grouped.plan(index_TK, num_experts)
+
+    kernels = replace(grouped, plan=plan)
+    banks = [ExpertBank([block(4, 3, seed=seed)], backend=kernels) for seed in (1, 2)]
+    x_TD = torch.randn(9, IN)
+    decision, other = routing(4, 2), top_k_record(torch.randn(9, 4), 2)
+    for bank in banks:
+        for each in (decision, other):
+            own = Block(bank.lora_A, bank.lora_B, bank.scaling)
+            expected = by_hand(x_TD, each.dense_gates(), [own])
+            torch.testing.assert_close(bank(x_TD, each), expected, rtol=1e-5, atol=1e-5)
+    assert sorted_for == [4, 4]

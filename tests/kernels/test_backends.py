@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kernel_problems import (
     CASES,
     LOOPS,
+    RUNNABLE,
     Problem,
     assert_same,
     call,
@@ -25,7 +26,7 @@ from torch import Tensor
 from molora.errors import BackendError
 from molora.kernels import BACKENDS, backend, count_calls
 
-backends = pytest.mark.parametrize("kernels", BACKENDS.values(), ids=BACKENDS)
+backends = pytest.mark.parametrize("kernels", RUNNABLE.values(), ids=RUNNABLE)
 ops = pytest.mark.parametrize("op", ["lora_mix", "lora_rows"])
 
 
