@@ -11,7 +11,6 @@ from torch import Tensor
 from molora.kernels import BACKENDS, Backend
 from molora.kernels.base import Base
 
-
 RUNNABLE = {name: b for name, b in BACKENDS.items() if name != "triton"}
 """The backends that run on a CPU."""
 
