@@ -36,6 +36,7 @@ import flops
 import torch
 from machine import gemm_rate, linear_products
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -170,7 +171,8 @@ def saved_bytes(forward: Callable[[], object]) -> int:
     parameters = {
         obj.untyped_storage().data_ptr()
         for obj in gc.get_objects()
-        if isinstance(obj, torch.nn.Parameter)
+        # those of compiled graphs have no storage
+        if isinstance(obj, torch.nn.Parameter) and not isinstance(obj, FakeTensor)
     }
     seen: dict[int, int] = {}
 

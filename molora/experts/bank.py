@@ -60,8 +60,8 @@ class ExpertBank(nn.Module):
         self.register_buffer("scaling", first.scaling, persistent=False)
         self.trainable = first.trainable
         # not read from the factors later: partitioned by ZeRO-3, they have the shape (0,)
-        self.size, self.out_features, self.rank = first.lora_B.shape
-        self.in_features = first.lora_A.shape[2]
+        self.size, self._out_features, self.rank = first.lora_B.shape
+        self._in_features = first.lora_A.shape[2]
         self.shares_A = first.lora_A.shape[0] < self.size
         self.is_alone = not rest
         for number, block in enumerate(rest, start=1):
@@ -98,8 +98,8 @@ class ExpertBank(nn.Module):
         return self.backend.choose(
             op,
             rows=x.shape[:-1].numel(),
-            in_features=self.in_features,
-            out_features=self.out_features,
+            in_features=self._in_features,
+            out_features=self._out_features,
             num_experts=self.size,
             rank=self.rank,
             slots=slots,
@@ -229,7 +229,7 @@ class ExpertBank(nn.Module):
         kernels = self.kernels("lora_rows", x, index.shape[1])
         plan = _plan(kernels, index, self.size, {} if a_row_per_slot or plans is None else plans)
         delta = kernels.lora_rows(x, index, lora_A, lora_B, self.scaling, **plan)
-        return delta.view(*expert_index_TK.shape, self.out_features)
+        return delta.view(*expert_index_TK.shape, self._out_features)
 
     def _dropped(self, x_TD: Tensor) -> Tensor:
         """(T, in), or with a mask per expert (E, T, in)."""
