@@ -83,9 +83,9 @@ bytes of local memory for a thread; on gfx942 vector registers and scratch. A ti
 LIMITS = """
 ## Limits
 
-* On gfx942 a few programs outside these tables (rank 64 sorted, a single row) keep up to a dozen
-  scalar registers, and one on rows that are not aligned about 50, in lanes of vector ones.
-  Nothing of them reaches memory.
+* On gfx942 a few programs outside these tables (rank 64 sorted, a single row, 16 experts of rank
+  8) keep up to a dozen scalar registers, and one on rows that are not aligned about 50, in lanes
+  of vector ones. Nothing of them reaches memory.
 * A single row is one program for all columns of a factor: `gather` is made for decoding.
 * float64 is refused, as are devices other than CUDA (compute capability 8.0 and later) and ROCm.
 * Under `TRITON_INTERPRET=1` the programs run on the CPU, slowly, with results to compare with.

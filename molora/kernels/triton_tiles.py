@@ -35,14 +35,15 @@ def rows_of(rows: int, dtype: torch.dtype) -> int:
 
 
 def narrow_tile(rows: int, columns: int, depth: int, dtype: torch.dtype) -> Tile:
-    block_p, block_d = (64, 32) if dtype == torch.float32 else (128, 64)
-    return _tile(rows, min(columns, block_p), _part(block_d, depth), _warps(columns, dtype), 3)
+    block_d = 32 if dtype == torch.float32 else 64
+    return _tile(rows, min(columns, 64), _part(block_d, depth), _warps(columns, dtype), 3)
 
 
 def widen_tile(rows: int, columns: int, depth: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
         return Tile(rows, min(columns, 32), _part(64, depth), num_warps=8, num_stages=2)
-    return _tile(rows, min(columns, 64), _part(128, depth), 8, 2)
+    # a second block of columns is fetched beside the first: both have to fit
+    return _tile(rows, columns if columns <= 64 else 32, _part(128, depth), 8, 2)
 
 
 def outer_tile(rows: int, columns: int, depth: int, dtype: torch.dtype) -> Tile:

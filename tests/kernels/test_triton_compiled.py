@@ -65,6 +65,8 @@ MORE = [
         (8, 8, {"gated": False}),
         (8, 16, {"slots": 8}),
         (64, 16, {"slots": 64}),
+        (64, 8, {"slots": 64}),
+        (32, 8, {"slots": 32}),
         (8, 8, {"base": False}),
         (3, 5, {"width": 100, "tokens": 100}),
     )),
@@ -83,9 +85,12 @@ def test_nothing_spills_for_any_use(compiled, name):
 def test_a_program_that_is_too_large_is_seen_to_spill(compiled, name):
     target = compiled.TARGETS[name]
     narrow, *_ = compiled.launches_of(compiled.Case("lora_mix", LOW, 32, 16, slots=32), target)
-    large = {"BLOCK_M": 128, "BLOCK_P": 256, "num_warps": 2 if name != "gfx942" else 1}
+    large = {"BLOCK_M": 256, "BLOCK_P": 128, "BLOCK_D": 16, "num_warps": 4}
+    if name == "gfx942":  # has more registers
+        large = {"BLOCK_M": 128, "BLOCK_P": 128, "num_warps": 1}
+    assert compiled.needs(narrow, target).spilled == 0
     needs = compiled.needs(replace(narrow, arguments={**narrow.arguments, **large}), target)
-    assert needs.spilled > 100
+    assert needs.spilled > 0
 
 
 def test_shared_memory_grows_with_the_stages_of_a_program(compiled):

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kernel_problems import call, problem
@@ -52,28 +53,23 @@ class Count:
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.flops = 0
         self.by_slot = 0
-        self.once: set[int] = set()
-        self.bytes_once = 0
-        self.rows = []
-        for name in BY_SLOT:
-            tensor = getattr(arguments.get(name), "at", None)
-            if tensor is not None:
-                self.rows.append(_range(tensor))
-        if arguments["slots"].order is not None:
-            self.rows.append(_range(arguments["slots"].order))
+        self.once: list[np.ndarray] = []
+        tensors = [getattr(arguments.get(name), "at", None) for name in BY_SLOT]
+        tensors.append(arguments["slots"].order)
+        self.rows = [_range(tensor) for tensor in tensors if tensor is not None]
 
     def access(self, ptrs: Any, mask: Any) -> None:
         size = _get_np_dtype(ptrs.get_element_ty()).itemsize
-        for address in ptrs.data[mask.data.astype(bool)].ravel().tolist():
-            if any(start <= address < end for start, end in self.rows):
-                self.by_slot += size
-            elif address not in self.once:
-                self.once.add(address)
-                self.bytes_once += size
+        addresses = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape).astype(bool)]
+        if any(start <= address < end for address in addresses[:1] for start, end in self.rows):
+            self.by_slot += size * len(addresses)
+        else:
+            self.once.append(np.stack([addresses, np.full_like(addresses, size)], axis=1))
 
     @property
     def bytes(self) -> int:
-        return self.by_slot + self.bytes_once
+        once = np.unique(np.concatenate(self.once), axis=0) if self.once else np.zeros((0, 2), int)
+        return self.by_slot + int(once[:, 1].sum())
 
 
 def _range(tensor: torch.Tensor) -> tuple[int, int]:
