@@ -14,6 +14,8 @@ from torch import Tensor
 from molora.errors import BackendError
 from molora.kernels import lora_mix, lora_rows
 from molora.kernels.cost import Chooser
+from molora.kernels.lora_mix import triton_mix
+from molora.kernels.lora_rows import triton_rows
 from molora.kernels.plan import plan_rows
 
 _counters: list[Counter[tuple[str, str]]] = []
@@ -76,6 +78,7 @@ BACKENDS: dict[str, Backend] = {
         _made("grouped", lora_mix.grouped.lora_mix, lora_rows.grouped.lora_rows), plan=plan_rows
     ),
     "gather": _made("gather", lora_mix.gather.lora_mix, lora_rows.gather.lora_rows),
+    "triton": _made("triton", triton_mix.lora_mix, triton_rows.lora_rows),
 }
 
 
