@@ -17,6 +17,7 @@ from molora.kernels.cost import Chooser
 from molora.kernels.lora_mix import triton_mix
 from molora.kernels.lora_rows import triton_rows
 from molora.kernels.plan import plan_rows
+from molora.kernels.triton_rows import SharedRows
 
 _counters: list[Counter[tuple[str, str]]] = []
 
@@ -78,7 +79,7 @@ BACKENDS: dict[str, Backend] = {
         _made("grouped", lora_mix.grouped.lora_mix, lora_rows.grouped.lora_rows), plan=plan_rows
     ),
     "gather": _made("gather", lora_mix.gather.lora_mix, lora_rows.gather.lora_rows),
-    "triton": _made("triton", triton_mix.lora_mix, triton_rows.lora_rows),
+    "triton": replace(_made("triton", triton_mix.lora_mix, triton_rows.lora_rows), plan=SharedRows),
 }
 
 

@@ -112,7 +112,8 @@ def explain(
     estimates = []
     for name in names:
         counted = work(op, name, shape, dtype.itemsize, training=training)
-        reason, seconds = refusal(name, dtype, device_type), None
+        reason = refusal(name, dtype, device_type) or waste(name, shape, training=training)
+        seconds = None
         if found is not None:
             line = found[1].lines.get((op, name, mode))
             if line is not None:
@@ -134,6 +135,15 @@ def refusal(name: str, dtype: torch.dtype, device_type: str) -> str:
     if name in ("grouped", "triton") and dtype not in _LOW:
         return f"has no product in {_name(dtype)}"
     return ""
+
+
+def waste(name: str, shape: Shape, *, training: bool) -> str:
+    """Why "auto" does not take a backend for a shape, however fast it is; empty if it may."""
+    if name != "gather":
+        return ""
+    if shape.slots == shape.num_experts:
+        return "would copy the factors of all experts for every row"
+    return "its copies of factors would be kept for the backward" if training else ""
 
 
 def crossovers(

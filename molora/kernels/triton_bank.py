@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from molora.kernels.base import Base
 from molora.kernels.triton_launch import Weights, narrow, outer, require, widen
-from molora.kernels.triton_rows import Rows, as_they_come, sorted_by_expert
+from molora.kernels.triton_rows import Rows, SharedRows, as_they_come
 
 FLOPS_PER_BYTE = 125.0
 
@@ -77,7 +77,13 @@ class _Layout:
 
 
 def _layout(
-    x_TD: Tensor, index_TK: Tensor | None, lora_A: Tensor, lora_B: Tensor, *, summed: bool
+    x_TD: Tensor,
+    index_TK: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    plan: SharedRows | None,
+    *,
+    summed: bool,
 ) -> _Layout:
     tokens, dtype = len(x_TD), x_TD.dtype
     plain = as_they_come(tokens, dtype)
@@ -85,7 +91,8 @@ def _layout(
         return _Layout(plain, plain, x_group=1, h_group=1, y_group=1)
     slots, (experts, _, rank) = index_TK.shape[1], lora_B.shape
     if sorting_pays(experts, rank, slots, summed=summed, flops_per_byte=balance(x_TD.device)):
-        rows, y_group = sorted_by_expert(index_TK, experts, dtype), slots if summed else 1
+        rows = (plan or SharedRows(index_TK, experts)).rows(dtype)
+        y_group = slots if summed else 1
         if len(lora_A) == experts:
             return _Layout(rows, rows, x_group=slots, h_group=1, y_group=y_group)
         return _Layout(plain, rows, x_group=1, h_group=slots, y_group=y_group)
@@ -126,10 +133,11 @@ class Bank(torch.autograd.Function):
         bias: Tensor | None,
         transposed: bool,
         summed: bool,
+        plan: SharedRows | None,
     ) -> Tensor:
         require(x_TD)
         x_TD = x_TD.contiguous()
-        layout = _layout(x_TD, index_TK, lora_A, lora_B, summed=summed)
+        layout = _layout(x_TD, index_TK, lora_A, lora_B, plan, summed=summed)
         weights = _weights(layout.up, gates_TK, index_TK, scaling_E, summed=summed)
         h, _ = narrow(layout.down, x_TD, lora_A, x_group=layout.x_group)
         if weight is None:
@@ -183,7 +191,7 @@ class Bank(torch.autograd.Function):
                 grad_x = Base(weight, None, ctx.transposed).input_gradient(grad_y)
             add = weight is not None
             widen(layout.down, grad_h, lora_A, grad_x, add=add, out_group=layout.x_group)
-        return grad_x, grad_gates, grad_A, grad_B, *[None] * 6
+        return grad_x, grad_gates, grad_A, grad_B, *[None] * 7
 
 
 def _of_slots(

@@ -43,6 +43,21 @@ def as_they_come(count: int, dtype: torch.dtype) -> Rows:
     return Rows(count, rows_of(count, dtype))
 
 
+class SharedRows:
+    """The rows of one routing decision, sorted once for all that share it, if anyone sorts them."""
+
+    def __init__(self, index_TK: Tensor, num_experts: int) -> None:
+        self.index_TK, self.num_experts = index_TK, num_experts
+        self._sorted: dict[int, Rows] = {}
+
+    def rows(self, dtype: torch.dtype) -> Rows:
+        """As `sorted_by_expert`."""
+        block = rows_of(2**16, dtype)
+        if block not in self._sorted:
+            self._sorted[block] = sorted_by_expert(self.index_TK, self.num_experts, dtype)
+        return self._sorted[block]
+
+
 def sorted_by_expert(index_TK: Tensor, num_experts: int, dtype: torch.dtype) -> Rows:
     """One list for each of the K columns, whose slots t·K + k have each row once.
 

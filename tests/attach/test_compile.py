@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +23,13 @@ PRESETS = {
 
 
 SLOW = [("mola", False), *((preset, True) for preset in PRESETS if preset != "mola")]
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+    gc.collect()
 
 
 def adapted(preset: str) -> tuple[nn.Module, molora.Mixture]:

@@ -158,7 +158,8 @@ def test_nothing_outlives_a_forward(config: MixtureConfig, mode: str) -> None:
     before = tensors()
     for _ in range(100):
         run()
-    assert tensors() == before
+    # caches of other tests may have gone meanwhile
+    assert tensors() <= before
 
     kept = []
     for site in mixture.built.sites.values():
@@ -170,6 +171,7 @@ def test_nothing_outlives_a_forward(config: MixtureConfig, mode: str) -> None:
     run()
     assert len(kept) == len(mixture.built.sites)
     assert all(reference() is None for reference in kept)
+    before = tensors()
     # the negative control: what record() yields is kept, for as long as it is held
     with mixture.record(detach=False) as records:
         run()

@@ -66,9 +66,9 @@ def flat(**seconds: float) -> Calibration:
 @pytest.mark.parametrize("fastest", ["dense", "grouped", "gather"])
 def test_the_backend_of_the_least_estimated_time_is_chosen(fastest: str) -> None:
     seconds = dict.fromkeys(("reference", "dense", "grouped", "gather"), 1.0)
-    calibration = flat(**{**seconds, fastest: 0.5})
-    assert cost.choose("lora_mix", rows=7, **SIZES, calibration=calibration) == fastest
-    assert cost.choose("lora_rows", rows=7, **SIZES, calibration=calibration) == fastest
+    options = {**SIZES, "training": False, "calibration": flat(**{**seconds, fastest: 0.5})}
+    assert cost.choose("lora_mix", rows=7, **options) == fastest
+    assert cost.choose("lora_rows", rows=7, **options) == fastest
 
 
 def test_forward_alone_and_training_have_figures_of_their_own() -> None:
@@ -124,9 +124,19 @@ def test_without_figures_of_a_device_the_choice_is_dense_and_says_why() -> None:
 
 
 def test_a_dtype_without_figures_has_those_of_the_nearest() -> None:
-    calibration = flat(dense=2.0, gather=1.0)
+    calibration = flat(dense=2.0, grouped=1.0)
     sizes = {**SIZES, "dtype": torch.bfloat16}
-    assert cost.choose("lora_mix", rows=7, **sizes, calibration=calibration) == "gather"
+    assert cost.choose("lora_mix", rows=7, **sizes, calibration=calibration) == "grouped"
+
+
+def test_copies_of_factors_are_neither_kept_nor_made_of_all_experts() -> None:
+    options = {"rows": 1, "calibration": flat(dense=2.0, gather=1.0)}
+    for change, expected in (
+        ({"training": False}, "gather"),
+        ({"training": True}, "dense"),
+        ({"training": False, "slots": None}, "dense"),
+    ):
+        assert cost.choose("lora_mix", **{**SIZES, **change}, **options) == expected
 
 
 def test_ungated_rows_have_all_experts() -> None:
@@ -262,12 +272,12 @@ def test_the_chooser_returns_backends_of_its_table_and_reads_figures_once(
 ) -> None:
     reads = []
     monkeypatch.setattr(
-        cost, "load_calibration", lambda: reads.append(1) or flat(gather=1, dense=2)
+        cost, "load_calibration", lambda: reads.append(1) or flat(grouped=1, dense=2)
     )
     chooser = cost.Chooser(BACKENDS)
     for rows in (1, 2, 3):
         for op in OPS:
-            assert chooser.choose(op, rows=rows, **SIZES) is BACKENDS["gather"]
+            assert chooser.choose(op, rows=rows, **SIZES) is BACKENDS["grouped"]
     assert reads == [1]
     dense = {"dense": BACKENDS["dense"]}
     assert (
@@ -276,14 +286,15 @@ def test_the_chooser_returns_backends_of_its_table_and_reads_figures_once(
 
 
 def test_under_compile_the_choice_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    chooser = cost.Chooser(BACKENDS, flat(gather=1, dense=2))
-    assert chooser.choose("lora_mix", rows=1, **SIZES).name == "gather"
+    chooser = cost.Chooser(BACKENDS, flat(grouped=1, dense=2))
+    assert chooser.choose("lora_mix", rows=1, **SIZES).name == "grouped"
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert chooser.choose("lora_mix", rows=1, **SIZES).name == "dense"
 
 
 def test_few_rows_and_many_rows_have_different_backends_on_the_shipped_figures() -> None:
-    chosen = {rows: cost.choose("lora_mix", rows=rows, **SIZES) for rows in (1, 4096)}
+    options = {**SIZES, "training": False}
+    chosen = {rows: cost.choose("lora_mix", rows=rows, **options) for rows in (1, 4096)}
     assert chosen == {1: "gather", 4096: "grouped"}
 
 

@@ -105,7 +105,7 @@ def test_any_shape_is_that_of_the_loops(op, layout, data):
 @pytest.mark.slow
 @ops
 @layouts
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_shape_of_many_is_that_of_the_loops(op, layout, data):
     assert_any_shape(op, layout, data)
@@ -127,9 +127,25 @@ def test_both_layouts_are_taken_where_they_pay(op):
     bank = kernels.modules["triton_bank"]
     for p, is_sorted in ((few, False), (many, True)):
         x, A, B = (t.float() for t in (p.x, p.lora_A, p.lora_B))
-        found = bank._layout(x, p.index, A, B, summed=op == "lora_mix")
+        found = bank._layout(x, p.index, A, B, None, summed=op == "lora_mix")
         assert (found.up.order is not None) is is_sorted
         assert_same(call(kernels.backend, op), op, p.to(torch.float32), tolerance=1e-4)
+
+
+def test_projections_that_share_a_decision_sort_its_rows_once():
+    kernels, p = interpreted(), problem(T=20).to(torch.float32)
+    factors = (p.lora_A, p.lora_B, p.scaling)
+    rows = kernels.modules["triton_rows"]
+    plan = rows.SharedRows(p.index, 4)
+    with kernels.layout("sorted"), pytest.MonkeyPatch.context() as patch:
+        expected = kernels.backend.lora_mix(p.x, p.gates, p.index, *factors)
+        sort, sorts = rows.sorted_by_expert, []
+        patch.setattr(rows, "sorted_by_expert", lambda *a: sorts.append(a) or sort(*a))
+        for _ in range(2):
+            found = kernels.backend.lora_mix(p.x, p.gates, p.index, *factors, plan=plan)
+            assert torch.equal(found, expected)
+        kernels.backend.lora_rows(p.x, p.index, *factors, plan=plan)
+    assert len(sorts) == 1
 
 
 # ------------------------------------------------------------------ what is kept and computed

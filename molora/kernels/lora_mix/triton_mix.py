@@ -6,6 +6,7 @@ from torch import Tensor
 
 from molora.kernels.base import Base
 from molora.kernels.triton_bank import Bank
+from molora.kernels.triton_rows import SharedRows
 
 
 def lora_mix(
@@ -17,8 +18,11 @@ def lora_mix(
     scaling_E: Tensor,
     *,
     base: Base | None = None,
+    plan: SharedRows | None = None,
 ) -> Tensor:
     """As `reference.lora_mix`, for x of shape (T, D) in bfloat16, float16 or float32.
+
+    `plan` is that of `expert_index_TK`, where several projections share a routing decision.
 
     Raises:
         BackendError: triton cannot run here; `triton_launch.require`.
@@ -30,5 +34,5 @@ def lora_mix(
         weight, bias, transposed = base.weight, base.bias, base.transposed
     return Bank.apply(
         *(x_TD, gates_TK, lora_A_ERD, lora_B_EFR, expert_index_TK, scaling_E),
-        *(weight, bias, transposed, True),
+        *(weight, bias, transposed, True, plan),
     )
