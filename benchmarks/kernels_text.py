@@ -30,8 +30,9 @@ Three programs make both ops, forward and backward (`molora/kernels/triton_progr
   FLOPs no longer grow with E, and each slot reads its row of x, and reads and writes its row of y,
   again. The slots are sorted in K lists of T rows; a list has each row once, so lists are added
   one after the other without atomics. Tiles are counted on the device: there are as many
-  programs as could be needed, T/64 + E a list, and those without rows return. `lora_rows` writes
-  every slot's row once and needs no turns.
+  programs as could be needed, T/64 + E a list, and those without rows do nothing. `lora_rows`
+  writes every slot's row once and needs no turns. Sorting is some 36 small operators of torch,
+  once for all projections that share a routing decision; the tables below count it each time.
 * **Which of the two** is decided from E, R, K and the device by the same count
   (`triton_bank.sorting_pays`), never from the routing: where K passes over rows take less time
   than the products. For K = 2 `lora_mix` sorts from E·R = {mix} and
