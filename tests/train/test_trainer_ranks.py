@@ -202,7 +202,7 @@ def test_twenty_steps_have_the_curves_of_one_process(
         # process as that is from float32
         exact = dataclasses.replace(CURVES[name], base_dtype=torch.float32)
         wide, wide_end = _alone(exact, alone, gradient_accumulation_steps=2)
-        assert loss <= apart(wide["loss"], curves["loss"])
+        assert loss <= 2 * apart(wide["loss"], curves["loss"])
         assert norm <= 2 * apart(wide["grad_norm"], curves["grad_norm"])
         assert largest(own, end) <= largest(wide_end, end)
         return
