@@ -109,7 +109,8 @@ def loop_mix(p: Problem) -> Tensor:
             for e in range(len(p.lora_B)):
                 y_F = y_F + delta_of(p, t, e)
         else:
-            for gate, e in zip(p.gates[t], p.index[t].tolist(), strict=True):
+            chosen = range(len(p.lora_B)) if p.index is None else p.index[t].tolist()
+            for gate, e in zip(p.gates[t], chosen, strict=True):
                 y_F = y_F + gate * delta_of(p, t, e)
         rows.append(y_F[None])
     return torch.cat(rows)
@@ -178,6 +179,9 @@ CASES: dict[str, Problem] = {
     "shared_A_one_expert": problem(shared_A=True, E=1, K=1),
     "rank_1": problem(R=1),
     "gate_0": replace(problem(), gates=problem().gates * torch.tensor([1.0, 0.0])),
+    "gates_in_order": replace(problem(K=4), index=None),
+    "gates_in_order_no_row": replace(problem(K=4, T=0), index=None),
+    "gates_in_order_shared_A": replace(problem(K=4, shared_A=True, base="w"), index=None),
     "ungated": problem(gated=False),
     "ungated_shared_A": problem(gated=False, shared_A=True),
     "ungated_no_row": problem(gated=False, T=0),

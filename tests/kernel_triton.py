@@ -109,7 +109,7 @@ def _restore(full: str, module: ModuleType | None) -> None:
 
 def for_op(op: str, p: Problem) -> Problem:
     """`lora_rows` has rows of chosen experts: where none are chosen, all."""
-    if p.gates is None and op == "lora_rows":
+    if p.index is None and op == "lora_rows":
         return replace(p, index=torch.arange(len(p.lora_B)).expand(len(p.x), -1))
     return p
 

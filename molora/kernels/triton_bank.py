@@ -105,8 +105,8 @@ def _weights(
     up: Rows, gates_TK: Tensor | None, index_TK: Tensor | None, scaling_E: Tensor, *, summed: bool
 ) -> Weights:
     """What multiplies h: of every expert for rows as they come, of a slot's for sorted ones."""
-    if index_TK is None:
-        return Weights(None, scaling_E)
+    if index_TK is None:  # slot k is expert k
+        return Weights(gates_TK, scaling_E)
     if up.order is not None:
         return Weights(None if gates_TK is None else gates_TK.flatten(), scaling_E)
     experts = len(scaling_E)
@@ -198,7 +198,9 @@ def _of_slots(
     grads: Tensor | None, gates_TK: Tensor | None, index_TK: Tensor | None
 ) -> Tensor | None:
     """The gates' gradient from that of every expert, or of every slot."""
-    if grads is None or gates_TK is None or index_TK is None:
+    if grads is None or gates_TK is None:
         return None
+    if index_TK is None:
+        return grads.to(gates_TK.dtype)
     grad_TK = grads.gather(1, index_TK) if grads.dim() == 2 else grads.view(gates_TK.shape)
     return grad_TK.to(gates_TK.dtype)

@@ -35,7 +35,7 @@ ops = pytest.mark.parametrize("op", ["lora_mix", "lora_rows"])
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_and_gradients_are_those_of_the_loops(kernels, op, case):
     p = CASES[case]
-    if p.gates is None and op == "lora_rows":  # rows are of chosen experts: choose them all
+    if p.index is None and op == "lora_rows":  # rows are of chosen experts: choose them all
         p = replace(p, index=torch.arange(len(p.lora_B)).expand(len(p.x), -1))
     assert_same(call(kernels, op), op, p)
     assert_same(call(kernels, op), op, p.to(torch.float32), tolerance=2e-5)

@@ -27,8 +27,8 @@ def lora_mix(
     Raises:
         BackendError: triton cannot run here; `triton_launch.require`.
     """
-    if gates_TK is None or expert_index_TK is None:
-        gates_TK = expert_index_TK = None
+    if gates_TK is None:
+        expert_index_TK = None
     weight, bias, transposed = (None, None, False)
     if base is not None:
         weight, bias, transposed = base.weight, base.bias, base.transposed
