@@ -2,6 +2,7 @@
 
 from molora import presets
 from molora.attach import Mixture, attach, checkpoint_context, load
+from molora.compose import load_experts
 from molora.config import MixtureConfig
 from molora.errors import (
     AttachError,
@@ -32,6 +33,7 @@ __all__ = [
     "checkpoint_context",
     "load",
     "load_config",
+    "load_experts",
     "methods",
     "presets",
 ]

@@ -1,0 +1,131 @@
+"""Named adapters that are to be experts of one mixture, checked each and against each other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from types import MappingProxyType
+
+from molora.errors import CheckpointError, ConfigError
+from molora.io.peft_adapter import MAX_RANK, Adapter, read_adapter
+from molora.io.peft_keys import examples
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+"""Names of experts: they become names of modules and directories, so neither dots nor slashes."""
+MAX_EXPERTS = 4096
+OUTLIER = 10.0
+"""An update that is so many times as large as the median of its module is pointed out."""
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenExperts:
+    """Adapters as they were read, in the caller's order; ranks and modules may differ.
+
+    Attributes:
+        adapters: by the expert's name.
+        notes: what was set aside or looks wrong; each starts with the names it is about.
+    """
+
+    adapters: Mapping[str, Adapter]
+    notes: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The experts in order."""
+        return tuple(self.adapters)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Every module that an expert adapts, in the order in which they are first met."""
+        return tuple(
+            dict.fromkeys(m for adapter in self.adapters.values() for m in adapter.modules)
+        )
+
+    def present(self, module: str) -> tuple[bool, ...]:
+        """For each expert whether it adapts the module."""
+        return tuple(module in adapter.modules for adapter in self.adapters.values())
+
+
+def load_experts(experts: Mapping[str, str | Path], *, max_rank: int = MAX_RANK) -> FrozenExperts:
+    """Read directories that package peft saved as experts, without a model and without a copy.
+
+    Args:
+        experts: name → directory with `adapter_config.json` and `adapter_model.safetensors`.
+        max_rank: the largest rank to accept.
+
+    Raises:
+        ConfigError: names that cannot be, or settings that are not supported.
+        CheckpointError: files that are missing, damaged, no plain LoRA, or for different bases.
+    """
+    if not 1 <= len(experts) <= MAX_EXPERTS:
+        raise ConfigError(f"{len(experts)} experts were given; give 1 to {MAX_EXPERTS}.")
+    for name in experts:
+        if not NAME.fullmatch(name):
+            raise ConfigError(
+                f"An expert cannot be called {name[:80]!a}. Give up to 64 letters, digits, '_' and "
+                "'-', the first a letter or digit."
+            )
+    adapters = {
+        name: read_adapter(Path(directory), max_rank=max_rank)
+        for name, directory in experts.items()
+    }
+    _check_shapes_agree(adapters)
+    notes = [f"{name}: {note}" for name, adapter in adapters.items() for note in adapter.notes]
+    notes += [*_twice(adapters), *_different_bases(adapters), *_outliers(adapters)]
+    return FrozenExperts(MappingProxyType(adapters), tuple(notes))
+
+
+def _check_shapes_agree(adapters: Mapping[str, Adapter]) -> None:
+    first: dict[str, tuple[str, int, int]] = {}
+    for name, adapter in adapters.items():
+        for path, module in adapter.modules.items():
+            size = module.lora_A.shape[1], module.lora_B.shape[0]
+            other, *expected = first.setdefault(path, (name, *size))
+            if tuple(expected) != size:
+                raise CheckpointError(
+                    f"{path} maps {size[0]} to {size[1]} features in expert {name}, but "
+                    f"{expected[0]} to {expected[1]} in {other}. They were trained on different "
+                    "bases; leave one out."
+                )
+
+
+def _twice(adapters: Mapping[str, Adapter]) -> list[str]:
+    first: dict[str, str] = {}
+    pairs = [(first.setdefault(adapter.sha256, name), name) for name, adapter in adapters.items()]
+    return [f"{a}, {b}: their tensors are the same" for a, b in pairs if a != b]
+
+
+def _different_bases(adapters: Mapping[str, Adapter]) -> list[str]:
+    bases: dict[tuple[str, str | None], list[str]] = {}
+    for name, adapter in adapters.items():
+        if adapter.base is not None:
+            bases.setdefault((adapter.base, adapter.revision), []).append(name)
+    if len(bases) < 2:
+        return []
+    return [
+        f"{examples(names)}: trained on {ascii(base)[:200]}, revision {ascii(revision)[:80]}; "
+        "other experts name another base"
+        for (base, revision), names in bases.items()
+    ]
+
+
+def _outliers(adapters: Mapping[str, Adapter]) -> list[str]:
+    """Experts whose updates dwarf those of the others, of which three or more are compared."""
+    norms: dict[str, dict[str, float]] = {}
+    for name, adapter in adapters.items():
+        for path, module in adapter.modules.items():
+            norms.setdefault(path, {})[name] = module.update_norm
+    found: dict[str, list[str]] = {}
+    for path, by_name in norms.items():
+        usual = median(by_name.values())
+        for name, norm in by_name.items():
+            if len(by_name) >= 3 and norm > OUTLIER * usual:
+                found.setdefault(name, []).append(path)
+    return [
+        f"{name}: the update is more than {OUTLIER:g} times the experts' median at "
+        f"{examples(paths)}; routers that go by norms may follow it alone"
+        for name, paths in found.items()
+    ]

@@ -1,0 +1,178 @@
+"""A directory that package peft saved → the factors of one frozen expert, mapped from the file.
+
+Everything that the files say is checked before values are read; the values are checked without a
+copy in memory. Nothing in the directory is written, and links in it are not followed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from molora.errors import CheckpointError
+from molora.io.files import contained, sha256
+from molora.io.header import TensorInfo, read_header
+from molora.io.peft_config import ambiguous_alphas, ranks_and_scalings, read_config
+from molora.io.peft_keys import check_shapes, examples, factor_names
+from molora.io.peft_targets import target_differences
+from molora.io.tensors import map_tensors
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+UNSAFE = "adapter_model.bin"
+MAX_RANK = 512
+"""Rank of a factor, unless the caller allows more."""
+MAX_NORM = 1e6
+"""Of scaling · B A in the Frobenius norm; a weight of the largest models has less than 1e4."""
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterModule:
+    """How an adapter acts on one module: y += scaling · B A x.
+
+    Attributes:
+        lora_A: (R, in), in the type of the file.
+        lora_B: (out, R).
+        scaling: alpha / R, or alpha / sqrt(R) with rsLoRA, by the patterns that hold here.
+        update_norm: Frobenius norm of scaling · B A.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    update_norm: float
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.lora_A.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One adapter as it was read.
+
+    Attributes:
+        source: the directory.
+        modules: by the module's name in the base, in the order of the file.
+        base: the base as the trainer called it; None if it was not said.
+        revision: the base's revision; None if it was not said.
+        fan_in_fan_out: the adapted weights of the base are (in, out); for merging only.
+        sha256: of the file with the tensors.
+        notes: what was set aside, and where configuration and tensors differ.
+    """
+
+    source: Path
+    modules: Mapping[str, AdapterModule]
+    base: str | None
+    revision: str | None
+    fan_in_fan_out: bool
+    sha256: str
+    notes: tuple[str, ...]
+
+
+def read_adapter(directory: Path, *, max_rank: int = MAX_RANK) -> Adapter:
+    """The plain LoRA of a directory of package peft. The tensors stay in the file until used, which
+    must not be changed meanwhile; writing to them leaves it as it is.
+
+    Raises:
+        CheckpointError: files that are missing, links, damaged, or hold something else than plain
+            LoRA factors.
+        ConfigError: settings that cannot be, or that are not supported.
+    """
+    try:
+        return _read(directory, max_rank)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{directory} cannot be read: {error}.") from None
+
+
+def _read(directory: Path, max_rank: int) -> Adapter:
+    path = _tensors_file(directory)
+    config, notes = read_config(_contained(directory, CONFIG))
+    header = _header(path)
+    pairs = factor_names(path, header)
+    where = str(directory / CONFIG)
+    resolved = ranks_and_scalings(config, list(pairs), where=where)
+    ranks = {module: rank for module, (rank, _) in resolved.items()}
+    check_shapes(path, header, pairs, ranks, max_rank=max_rank)
+    notes += target_differences(config, list(pairs), where=where)
+    ambiguous = ambiguous_alphas(config, list(pairs), where=where)
+    if ambiguous:
+        notes.append(
+            f"the order in alpha_pattern decides at {examples(ambiguous)}; peft sorts it when it "
+            "saves, so that the adapter may have been trained with another alpha"
+        )
+    digest = sha256(path)
+    tensors = map_tensors(path, header)
+    modules = {
+        module: _module(path, module, tensors[a], tensors[b], resolved[module][1])
+        for module, (a, b) in pairs.items()
+    }
+    silent = [name for name, module in modules.items() if module.update_norm == 0]
+    if silent:
+        notes.append(f"the update is zero at {examples(silent)}")
+    if (directory / UNSAFE).exists():
+        notes.append(f"{UNSAFE} was not read")
+    return Adapter(
+        source=directory,
+        modules=MappingProxyType(modules),
+        base=config.base_model_name_or_path,
+        revision=config.revision,
+        fan_in_fan_out=config.fan_in_fan_out,
+        sha256=digest,
+        notes=tuple(notes),
+    )
+
+
+def _tensors_file(directory: Path) -> Path:
+    if (directory / UNSAFE).exists() and not (directory / TENSORS).exists():
+        raise CheckpointError(
+            f"{directory} has {UNSAFE}, and reading such a file can run code that it holds. "
+            "Load it with package peft where you trust it and save it again, which writes "
+            f"{TENSORS}."
+        )
+    return _contained(directory, TENSORS)
+
+
+def _contained(directory: Path, name: str) -> Path:
+    return contained(directory, name, what="a PEFT adapter", parts=f"{CONFIG} and {TENSORS}")
+
+
+def _header(path: Path) -> dict[str, TensorInfo]:
+    try:
+        return read_header(path)
+    except ValueError as error:  # a size of more digits than Python writes out
+        raise CheckpointError(f"{path} has a damaged header: {error}.") from None
+
+
+def _module(
+    path: Path, module: str, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> AdapterModule:
+    """Raises CheckpointError for values that are not finite or out of every measure."""
+    for factor, name in ((lora_A, "lora_A"), (lora_B, "lora_B")):
+        if not bool(torch.isfinite(factor).all()):
+            raise CheckpointError(
+                f"{path}: {name} of {module} holds NaN or infinity. Take an undamaged copy."
+            )
+    norm = _update_norm(lora_A, lora_B, scaling)
+    if not norm <= MAX_NORM:
+        raise CheckpointError(
+            f"{path}: the update of {module} has the norm {norm:.3g}, at most {MAX_NORM:g} can be "
+            "meant: no weight is as large, and routers that go by norms would follow it alone. "
+            "Take an undamaged copy."
+        )
+    return AdapterModule(lora_A, lora_B, scaling, norm)
+
+
+def _update_norm(lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
+    """‖scaling · B A‖ from the R × R products: ‖B A‖² = Σ (AAᵀ) ∘ (BᵀB)."""
+    a_RD, b_FR = lora_A.double(), lora_B.double()
+    squared = ((a_RD @ a_RD.T) * (b_FR.T @ b_FR)).sum()
+    return abs(scaling) * math.sqrt(max(float(squared), 0.0))

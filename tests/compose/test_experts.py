@@ -1,0 +1,186 @@
+"""Adapters as experts: what package peft computes with a directory is what was read from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from peft_adapters import edit_config, edit_tensors, save_adapter
+from tiny_models import batch_for, tiny
+from torch import Tensor, nn
+
+import molora
+from molora.io.peft_adapter import Adapter
+
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("llama", {}),
+    "rslora": ("llama", {"use_rslora": True, "r": 6}),
+    "all-linear": ("llama", {"target_modules": "all-linear"}),
+    "regex": ("qwen3", {"target_modules": r".*\.(mlp\.(up|down)_proj|self_attn\.o_proj)"}),
+    "layers": ("llama", {"layers_to_transform": [1], "layers_pattern": "layers"}),
+    "patterns": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"],
+            # the first that matches counts; a match starts at a dot, so proj alone matches nothing
+            "rank_pattern": {r".*layers\.0\..*k_proj": 2, "k_proj": 5, "proj": 7, "v_proj": 4},
+            "alpha_pattern": {r".*1\..*\.(q|v)_proj": 11, "down_proj": 2.5, "proj": 7, "v_proj": 9},
+        },
+    ),
+    "rslora patterns": (
+        "mistral",
+        {"use_rslora": True, "rank_pattern": {"q_proj": 6}, "alpha_pattern": {"^model.*v_proj": 3}},
+    ),
+    "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}),
+    "encoder": ("roberta", {"target_modules": ["query", "dense"]}),
+    "encoder and decoder": ("t5", {"target_modules": ["q", "wo"]}),
+}
+
+
+def _update(adapter: Adapter, path: str, x: Tensor) -> Tensor:
+    module = adapter.modules[path]
+    return module.scaling * (x @ module.lora_A.to(x).T @ module.lora_B.to(x).T)
+
+
+def _adapted(family: str, adapter: Adapter, *, skip: str | None = None) -> nn.Module:
+    """The base with what was read added by hooks; without that of the module `skip`."""
+    model = tiny(family)
+    for path in adapter.modules:
+        if path != skip:
+            model.get_submodule(path).register_forward_hook(
+                lambda _, inputs, out, path=path: out + _update(adapter, path, inputs[0])
+            )
+    return model
+
+
+def _logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+        out: Tensor = model(**batch_for(base, labels=False)).logits
+    return out
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_the_whole_model_gives_what_peft_gives(tmp_path: Path, kind: str) -> None:
+    family, settings = ADAPTERS[kind]
+    theirs = save_adapter(tmp_path, family, **settings)
+    experts = molora.load_experts({"one": tmp_path})
+    adapter = experts.adapters["one"]
+    expected = _logits(theirs)
+    torch.testing.assert_close(_logits(_adapted(family, adapter)), expected, atol=2e-5, rtol=2e-5)
+    lacking = _logits(_adapted(family, adapter, skip=experts.modules[-1]))
+    assert (lacking - expected).abs().max() > 1e-3
+    # v_proj of layer 1 has two patterns
+    assert len(experts.notes) == (kind == "patterns")
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_each_module_gives_what_peft_gives(tmp_path: Path, kind: str) -> None:
+    family, settings = ADAPTERS[kind]
+    theirs = save_adapter(tmp_path, family, **settings)
+    adapter = molora.load_experts({"one": tmp_path}).adapters["one"]
+    layers = {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in theirs.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    assert set(layers) == set(adapter.modules)
+    for path, layer in layers.items():
+        module = adapter.modules[path]
+        assert module.scaling == layer.scaling["default"]
+        assert module.rank == layer.r["default"]
+        x = torch.randn(4, module.lora_A.shape[1])
+        base = layer.get_base_layer()(x)
+        torch.testing.assert_close(base + _update(adapter, path, x), layer(x), atol=2e-6, rtol=2e-6)
+        assert (base - layer(x)).abs().max() > 1e-3
+        delta = layer.get_delta_weight("default")
+        torch.testing.assert_close(torch.tensor(module.update_norm), delta.norm())
+
+
+def test_patterns_that_saving_sorted_act_as_peft_loads_them(tmp_path: Path) -> None:
+    trained = save_adapter(tmp_path, alpha_pattern={"q_proj": 20, ".*_proj": 2})
+    loaded = peft.PeftModel.from_pretrained(tiny("llama"), str(tmp_path)).eval()
+    experts = molora.load_experts({"one": tmp_path})
+    ours = _logits(_adapted("llama", experts.adapters["one"]))
+    torch.testing.assert_close(ours, _logits(loaded), atol=2e-5, rtol=2e-5)
+    assert (ours - _logits(trained)).abs().max() > 1e-3
+    (note,) = experts.notes
+    assert "alpha_pattern decides at model.layers.0.self_attn.q_proj" in note
+    assert "v_proj" not in note
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_stay_in_the_type_of_the_file(tmp_path: Path, dtype: torch.dtype) -> None:
+    save_adapter(tmp_path)
+    edit_tensors(tmp_path, lambda t: t.update({name: t[name].to(dtype) for name in t}))
+    theirs = peft.PeftModel.from_pretrained(tiny("llama"), str(tmp_path)).eval()
+    adapter = molora.load_experts({"one": tmp_path}).adapters["one"]
+    assert {m.lora_A.dtype for m in adapter.modules.values()} == {dtype}
+    ours = _logits(_adapted("llama", adapter))
+    torch.testing.assert_close(ours, _logits(theirs), atol=2e-5, rtol=2e-5)
+
+
+def test_experts_of_other_ranks_targets_and_layers_are_one_set(tmp_path: Path) -> None:
+    save_adapter(tmp_path / "a", target_modules=["q_proj"], r=2)
+    save_adapter(tmp_path / "b", target_modules=["q_proj", "up_proj"], r=5, lora_alpha=1)
+    save_adapter(tmp_path / "c", target_modules=["q_proj"], layers_to_transform=[1])
+    experts = molora.load_experts({name: tmp_path / name for name in "cab"})
+    assert experts.names == ("c", "a", "b")
+    assert experts.modules[0] == "model.layers.1.self_attn.q_proj"
+    assert set(experts.modules) == set(experts.adapters["b"].modules)
+    assert experts.present("model.layers.0.self_attn.q_proj") == (False, True, True)
+    assert experts.present("model.layers.0.mlp.up_proj") == (False, False, True)
+    ranks = [a.modules["model.layers.1.self_attn.q_proj"].rank for a in experts.adapters.values()]
+    assert ranks == [3, 2, 5]
+
+
+def test_loading_leaves_the_files_and_writing_to_factors_too(tmp_path: Path) -> None:
+    save_adapter(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    adapter = molora.load_experts({"one": tmp_path}).adapters["one"]
+    for module in adapter.modules.values():
+        module.lora_A.zero_()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(TypeError):
+        adapter.modules["other"] = module  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", ["", "../a", "a/b", "a.b", "-a", "a" * 65, "a\n", "ä"])
+def test_names_that_could_lead_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
+    save_adapter(tmp_path)
+    with pytest.raises(molora.ConfigError, match="cannot be called"):
+        molora.load_experts({name: tmp_path})
+    assert molora.load_experts({"a" * 64: tmp_path}).names == ("a" * 64,)
+
+
+def test_a_set_has_experts() -> None:
+    with pytest.raises(molora.ConfigError, match="give 1 to"):
+        molora.load_experts({})
+
+
+def test_experts_for_bases_of_other_sizes_are_refused(tmp_path: Path) -> None:
+    save_adapter(tmp_path / "a")
+    save_adapter(tmp_path / "b")
+    edit_tensors(tmp_path / "b", lambda t: t.update({n: t[n].repeat(1, 2) for n in t if "A" in n}))
+    with pytest.raises(molora.CheckpointError, match=r"maps 64 to 48 .* but 32 to 48 in a"):
+        molora.load_experts({"a": tmp_path / "a", "b": tmp_path / "b"})
+
+
+def test_notes_name_bases_twins_and_outliers(tmp_path: Path) -> None:
+    names = "abcd"
+    for seed, name in enumerate(names):
+        save_adapter(tmp_path / name, seed=seed)
+        edit_config(tmp_path / name, base_model_name_or_path="x" if name == "b" else "y")
+    quiet = molora.load_experts({name: tmp_path / name for name in "acd"})
+    assert not quiet.notes
+    edit_config(tmp_path / "d", lora_alpha=5000)
+    dirs = {name: tmp_path / name for name in names} | {"again": tmp_path / "a"}
+    notes = "\n".join(molora.load_experts(dirs).notes)
+    assert "b: trained on 'x', revision None; other experts name another base" in notes
+    assert "a, again: their tensors are the same" in notes
+    assert "d: the update is more than 10 times the experts' median at model.layers.0" in notes
+    assert "c: " not in notes
