@@ -142,6 +142,11 @@ def _tensors_file(directory: Path) -> Path:
 
 
 def _contained(directory: Path, name: str) -> Path:
+    if (directory / name).is_symlink():
+        raise CheckpointError(
+            f"{directory / name} is a link, as in the hub's cache, and could lead anywhere. Copy "
+            "the directory with the files themselves, e.g. with `cp -rL`, and give the copy."
+        )
     return contained(directory, name, what="a PEFT adapter", parts=f"{CONFIG} and {TENSORS}")
 
 

@@ -177,10 +177,12 @@ def ranks_and_scalings(
 def ambiguous_alphas(config: AdapterConfig, modules: Sequence[str], *, where: str) -> list[str]:
     """Modules whose alpha depends on the order of patterns. Package peft sorts them when it saves,
     so that what it loads, and is loaded here, may not be what was trained."""
+    if len(config.alpha_pattern) < 2:
+        return []
     turned = dict(reversed(config.alpha_pattern.items()))
     where = f"{where}: alpha_pattern"
     first = _by_pattern(config.alpha_pattern, modules, where)
-    last = _by_pattern(turned, modules, where) if len(turned) > 1 else first
+    last = _by_pattern(turned, modules, where)
     return [module for module in modules if first.get(module) != last.get(module)]
 
 

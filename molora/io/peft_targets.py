@@ -13,8 +13,8 @@ from molora.io.peft_config import AdapterConfig, Names
 from molora.io.peft_keys import examples
 from molora.io.peft_patterns import first_matches
 
-LAYER = re.compile(r"(?:[^.]+\.)*?[^.]+\.(\d{1,9})\.")
-"""A layer's number: the first segment of digits that two others or more surround."""
+LAYER = re.compile(r"[^.]+\.(?:[^.]+\.)*?[^.]+\.(\d{1,9})\.")
+"""A layer's number: the first segment of digits after two others or more, and before another."""
 
 
 def target_differences(config: AdapterConfig, modules: Sequence[str], *, where: str) -> list[str]:
@@ -64,10 +64,12 @@ def _without_tensors(names: str | list[str], modules: Sequence[str]) -> list[str
 
 
 def _layer_differences(config: AdapterConfig, modules: Sequence[str]) -> list[str]:
-    """With `layers_pattern`, a regex whose group is the number, this is left out."""
-    wanted = config.layers_to_transform
-    if wanted is None or wanted == [] or config.layers_pattern:
+    """A module that the list names whole is adapted in any layer. With a regex for the modules or
+    in `layers_pattern`, this is left out."""
+    wanted, targets = config.layers_to_transform, config.target_modules
+    if wanted is None or wanted == [] or config.layers_pattern or isinstance(targets, str):
         return []
+    modules = [module for module in modules if module not in (targets or ())]
     layers = {wanted} if isinstance(wanted, int) else set(wanted)
     found = {module: LAYER.match(module) for module in modules}
     present = {int(match[1]) for match in found.values() if match}
