@@ -27,6 +27,8 @@ from molora.io.tensors import map_tensors
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 UNSAFE = "adapter_model.bin"
+MAX_HEADER = 2**25
+"""Bytes of the header of the tensors' file: 150 for each of the most tensors that are read."""
 MAX_RANK = 512
 """Rank of a factor, unless the caller allows more."""
 MAX_NORM = 1e6
@@ -151,6 +153,13 @@ def _contained(directory: Path, name: str) -> Path:
 
 
 def _header(path: Path) -> dict[str, TensorInfo]:
+    with path.open("rb") as file:
+        claimed = int.from_bytes(file.read(8), "little")
+    if claimed > MAX_HEADER:
+        raise CheckpointError(
+            f"{path} claims a header of {claimed} bytes, and at most {MAX_HEADER} are read. It is "
+            "truncated or damaged, or no adapter."
+        )
     try:
         return read_header(path)
     except ValueError as error:  # a size of more digits than Python writes out

@@ -16,8 +16,8 @@ MAX_LENGTH = 512
 """Characters of a pattern."""
 TIME_LIMIT = 10.0
 """Seconds for all patterns of one setting."""
-MAX_HERE = 500_000
-"""Pairs of a plain pattern and a name that are matched in this process."""
+MAX_HERE = 1000, 500_000
+"""Plain patterns, and pairs of one and a name, that are matched in this process."""
 PLAIN = re.compile(r"\^?[\w.-]*(?:\\\.[\w.-]*)*\$?", re.ASCII)
 """Patterns without repetition, choice or group: they cannot take long."""
 
@@ -41,7 +41,8 @@ def first_matches(
             )
     if not patterns or not names:
         return [None] * len(names)
-    here = len(patterns) * len(names) <= MAX_HERE and all(map(PLAIN.fullmatch, patterns))
+    few = len(patterns) <= MAX_HERE[0] and len(patterns) * len(names) <= MAX_HERE[1]
+    here = few and all(map(PLAIN.fullmatch, patterns))
     try:
         if here:
             found = peft_first_match.first_match(patterns, names, whole=whole)

@@ -101,6 +101,59 @@ def test_each_module_gives_what_peft_gives(tmp_path: Path, kind: str) -> None:
         torch.testing.assert_close(torch.tensor(module.update_norm), delta.norm())
 
 
+KINDS_REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "use_dora": ("llama", {"use_dora": True}),
+    "lora_bias": ("gpt2", {"lora_bias": True, "target_modules": ["c_fc"]}),
+    "bias": ("gpt2", {"bias": "lora_only", "target_modules": ["c_fc"]}),
+    "modules_to_save": ("llama", {"modules_to_save": ["lm_head"]}),
+    "trainable_token_indices": ("llama", {"trainable_token_indices": [3, 4]}),
+    "alora_invocation_tokens": ("llama", {"alora_invocation_tokens": [3, 4]}),
+    "target_parameters": (
+        "qwen3_moe",
+        {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]},
+    ),
+    "init_lora_weights": ("llama", {"init_lora_weights": "olora"}),
+}
+
+
+@pytest.mark.parametrize("key", KINDS_REFUSED)
+def test_what_peft_saves_beside_plain_factors_is_refused(tmp_path: Path, key: str) -> None:
+    family, settings = KINDS_REFUSED[key]
+    save_adapter(tmp_path, family, **settings)
+    with pytest.raises(molora.ConfigError, match=f"{key} is "):
+        molora.load_experts({"one": tmp_path})
+    if key not in ("alora_invocation_tokens", "init_lora_weights"):
+        # the tensors say it too
+        neutral: dict[str, Any] = {"bias": "none"}
+        edit_config(tmp_path, **{key: neutral.get(key)})
+        if key in ("use_dora", "lora_bias"):
+            edit_config(tmp_path, **{key: False})
+        with pytest.raises(molora.CheckpointError):
+            molora.load_experts({"one": tmp_path})
+
+
+def test_an_adapter_that_peft_converted_to_plain_lora_acts_on_the_untouched_base(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], init_lora_weights="pissa")
+    model = peft.get_peft_model(tiny("llama"), lora).eval()
+    lora.init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    lora.init_lora_weights = "pissa"
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
+    expected = _logits(model)
+    start = str(tmp_path / "start")
+    model.save_pretrained(tmp_path / "new", path_initial_model_for_weight_conversion=start)
+    adapter = molora.load_experts({"one": tmp_path / "new"}).adapters["one"]
+    assert {module.rank for module in adapter.modules.values()} == {6}
+    ours = _logits(_adapted("llama", adapter))
+    torch.testing.assert_close(ours, expected, atol=5e-5, rtol=5e-5)
+    assert (ours - _logits(tiny("llama"))).abs().max() > 1e-3
+
+
 def test_patterns_that_saving_sorted_act_as_peft_loads_them(tmp_path: Path) -> None:
     trained = save_adapter(tmp_path, alpha_pattern={"q_proj": 20, ".*_proj": 2})
     loaded = peft.PeftModel.from_pretrained(tiny("llama"), str(tmp_path)).eval()

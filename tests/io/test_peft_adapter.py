@@ -169,6 +169,15 @@ def test_a_header_that_claims_too_much_is_refused(adapter: Path) -> None:
         read_adapter(adapter)
 
 
+def test_the_size_of_the_header_is_bounded(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (size,) = struct.unpack("<Q", (adapter / TENSORS).read_bytes()[:8])
+    monkeypatch.setattr(peft_adapter, "MAX_HEADER", size)
+    assert read_adapter(adapter).modules
+    monkeypatch.setattr(peft_adapter, "MAX_HEADER", size - 1)
+    with pytest.raises(CheckpointError, match="claims a header of"):
+        read_adapter(adapter)
+
+
 def test_too_many_tensors_are_refused(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft_keys, "MAX_TENSORS", 7)
     with pytest.raises(CheckpointError, match="holds 8 tensors"):

@@ -70,6 +70,20 @@ def test_a_pattern_that_takes_forever_is_ended(monkeypatch: pytest.MonkeyPatch) 
         first_matches(["(a|a|b)*" * 9 + "c"], names, whole=True, where="target_modules")
 
 
+def test_many_patterns_are_matched_apart_and_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    patterns = [f"layers.{n}.q_proj" for n in range(12)]
+    here = first_matches(patterns, MODULES, whole=False, where="")
+    assert here.count(None) == len(MODULES)
+    patterns = [f"layers.{n}.self_attn.q_proj" for n in range(12)]
+    here = first_matches(patterns, MODULES, whole=False, where="")
+    assert [p for p in here if p] == [patterns[0], patterns[1], patterns[11]]
+    monkeypatch.setattr(peft_patterns, "MAX_HERE", (11, 500_000))
+    assert first_matches(patterns, MODULES, whole=False, where="") == here
+    monkeypatch.setattr(peft_patterns, "TIME_LIMIT", 1e-9)
+    with pytest.raises(ConfigError, match="takes more than"):
+        first_matches(patterns, MODULES, whole=False, where="")
+
+
 def test_patterns_are_bounded_in_length() -> None:
     longest = "q" * peft_patterns.MAX_LENGTH
     assert first_matches([longest], [longest], whole=False, where="x") == [longest]
