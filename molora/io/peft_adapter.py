@@ -170,12 +170,13 @@ def _module(
     path: Path, module: str, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> AdapterModule:
     """Raises CheckpointError for values that are not finite or out of every measure."""
-    for factor, name in ((lora_A, "lora_A"), (lora_B, "lora_B")):
-        if not bool(torch.isfinite(factor).all()):
-            raise CheckpointError(
-                f"{path}: {name} of {module} holds NaN or infinity. Take an undamaged copy."
-            )
     norm = _update_norm(lora_A, lora_B, scaling)
+    if not math.isfinite(norm):
+        finite = bool(torch.isfinite(lora_A).all())
+        raise CheckpointError(
+            f"{path}: {'lora_B' if finite else 'lora_A'} of {module} holds NaN or infinity. Take "
+            "an undamaged copy."
+        )
     if not norm <= MAX_NORM:
         raise CheckpointError(
             f"{path}: the update of {module} has the norm {norm:.3g}, at most {MAX_NORM:g} can be "
@@ -186,7 +187,12 @@ def _module(
 
 
 def _update_norm(lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
-    """‖scaling · B A‖ from the R × R products: ‖B A‖² = Σ (AAᵀ) ∘ (BᵀB)."""
+    """‖scaling · B A‖ from the R × R products: ‖B A‖² = Σ (AAᵀ) ∘ (BᵀB).
+
+    Every value is squared in the products, and no square of a finite one overflows in float64: the
+    norm is finite exactly if the factors are.
+    """
     a_RD, b_FR = lora_A.double(), lora_B.double()
     squared = ((a_RD @ a_RD.T) * (b_FR.T @ b_FR)).sum()
-    return abs(scaling) * math.sqrt(max(float(squared), 0.0))
+    # below 0 by rounding only; NaN stays
+    return abs(scaling) * math.sqrt(float(squared.clamp_min(0)))

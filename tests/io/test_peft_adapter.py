@@ -118,6 +118,14 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "empty": (lambda t: t.update({A: t[A][:, :0]}), "none of size 0"),
     "NaN": (lambda t: t[A].view(-1)[7].fill_(float("nan")), "lora_A of .* NaN or infinity"),
     "infinity": (lambda t: t[B].view(-1)[-1].fill_(float("-inf")), "lora_B of .* infinity"),
+    "infinity beside zeros": (
+        lambda t: (t[A].zero_(), t[B].view(-1)[0].fill_(float("inf"))),
+        "lora_B of .* infinity",
+    ),
+    "NaN beside zeros": (
+        lambda t: (t[B].zero_(), t[A].view(-1)[-1].fill_(float("nan"))),
+        "lora_A of .* NaN",
+    ),
     "norm": (lambda t: t[A].mul_(1e9), "has the norm .* at most 1e\\+06"),
     "overflow": (lambda t: (t[A].fill_(3e38), t[B].fill_(3e38)), "has the norm"),
     "escape": (
