@@ -207,6 +207,7 @@ def kept(decoder: Decoder, batch: Batch, *, dtype: str, checkpointing: bool) -> 
         top_k=EXPERTS.top_k,
         dropout=0.0,
         losses=(),
+        backend="dense",
     )
     molora.attach(model.train(), mola)
     if checkpointing:

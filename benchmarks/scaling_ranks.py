@@ -71,7 +71,12 @@ class Engine:
         config = LlamaConfig(**job.llama)
         self.model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, job.dtype))
         mola = molora.presets.mola(
-            num_experts=job.num_experts, rank=job.rank, top_k=2, dropout=0.0, losses=()
+            num_experts=job.num_experts,
+            rank=job.rank,
+            top_k=2,
+            dropout=0.0,
+            losses=(),
+            backend="dense",
         )
         self.mixture = molora.attach(self.model.train(), mola)
         if job.checkpointing:

@@ -11,9 +11,6 @@ if TYPE_CHECKING:
     from molora.cli.inspect import Bank
     from molora.config import Group, MixtureConfig
 
-TRAINING_ROWS = 4096
-"""Tokens of a step of training for which the choice is told."""
-
 
 @dataclass(frozen=True)
 class BankChoice:
@@ -43,6 +40,7 @@ def choices(banks: Sequence[Bank], config: MixtureConfig) -> Choices:
     import torch
 
     from molora.kernels.calibration import load_calibration
+    from molora.kernels.cost import TRAINING_ROWS
 
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)

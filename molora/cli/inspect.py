@@ -132,7 +132,8 @@ def backend_table(banks: Iterable[Bank], config: MixtureConfig) -> list[str]:
     """The backend, and what "auto" stands for on this machine, a line for each kind of bank."""
     if config.backend != "auto":
         return [f"backend  {config.backend}"]
-    from molora.cli.backends import TRAINING_ROWS, choices
+    from molora.cli.backends import choices
+    from molora.kernels.cost import TRAINING_ROWS
 
     found = choices(list(banks), config)
     linears: dict[tuple[str, ...], list[str]] = defaultdict(list)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 CANDIDATES = ("dense", "grouped", "gather", "triton")
 CACHED_BYTES = 4 * 2**20
 """Of the tensors that rates and the nearer bandwidth of a calibration were measured with."""
+TRAINING_ROWS = 4096
+"""For how many rows "auto" chooses in training, whatever a batch has."""
 FALLBACK = "dense"
 """Where there are no figures, and under torch.compile: its shapes never depend on the routing."""
 
@@ -203,10 +205,22 @@ class Chooser:
         shared_A: bool = False,
         training: bool = True,
     ) -> Backend:
-        """As the function `choose`, from the table."""
+        """As the function `choose`, from the table; in training for `TRAINING_ROWS`.
+
+        Backends have their gradients ready in orders of their own, and ZeRO adds up those of
+        several processes as they come: processes with unlike rows must not choose unlike backends.
+        """
         if torch.compiler.is_compiling():
             return self.table[FALLBACK]
-        shape = (rows, in_features, out_features, num_experts, rank, slots or num_experts, shared_A)
+        shape = (
+            TRAINING_ROWS if training else rows,
+            in_features,
+            out_features,
+            num_experts,
+            rank,
+            slots or num_experts,
+            shared_A,
+        )
         key = (op, shape, dtype, device_type, training, self.calibration, self.names)
         return self.table[_chosen(*key)]
 

@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 from molora import __version__
 from molora.config.run import RunConfig
 from molora.errors import TrainingError
+from molora.kernels.calibration import load_calibration
 from molora.train.compile_lock import check_locks
 from molora.train.deepspeed_config import deepspeed_config
 from molora.train.peers import Peers, meet
@@ -78,6 +79,8 @@ def facts(config: RunConfig, engine: Mapping[str, Any] | None) -> dict[str, Any]
         "deepspeed": engine,
         "versions": {"python": platform.python_version(), **dict(map(_version, _LIBRARIES))},
         "molora": {"version": __version__, "source": source_sha256()},
+        # which backend "auto" takes
+        "calibration": hashlib.sha256(load_calibration().text().encode()).hexdigest(),
     }
 
 

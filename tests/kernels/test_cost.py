@@ -285,6 +285,17 @@ def test_the_chooser_returns_backends_of_its_table_and_reads_figures_once(
     )
 
 
+def test_in_training_the_choice_is_that_of_every_other_process() -> None:
+    chooser = cost.Chooser(BACKENDS)
+    rows = (1, 7, 64, 470, 471, 5000, 10**5)
+    training, forward = (
+        {chooser.choose("lora_mix", rows=n, **SIZES, training=mode).name for n in rows}
+        for mode in (True, False)
+    )
+    assert training == {cost.choose("lora_mix", rows=cost.TRAINING_ROWS, **SIZES)}
+    assert len(forward) > 1
+
+
 def test_under_compile_the_choice_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     chooser = cost.Chooser(BACKENDS, flat(grouped=1, dense=2))
     assert chooser.choose("lora_mix", rows=1, **SIZES).name == "grouped"

@@ -53,6 +53,7 @@ def adapted(
         top_k=experts.top_k,
         dropout=0.1 if experts.dropout else 0.0,
         losses=(),
+        backend="dense",
     )
     molora.attach(model, mola)
     return model
