@@ -43,6 +43,7 @@ def attach(model: nn.Module, config: MixtureConfig, *, seed: int = 0) -> Mixture
         seed=seed,
         dtype=DTYPES[config.dtype],
         backend=backend(config.backend),
+        share_products=config.share_products,
         context=context,
         surgery=surgery,
     )

@@ -116,6 +116,7 @@ class Builder:
         seed: int,
         dtype: torch.dtype,
         backend: Kernels,
+        share_products: bool,
         context: ForwardContext,
         surgery: Surgery,
     ) -> None:
@@ -123,6 +124,7 @@ class Builder:
         self.seed = seed
         self.dtype = dtype
         self.backend = backend
+        self.share_products = share_products
         self.context = context
         self.surgery = surgery
         self.built = Built({}, {}, {}, {})
@@ -142,7 +144,8 @@ class Builder:
                 self._adapt_linear(placement, module, bank)
         for path, members in blocks.items():
             self._adapt_feed_forward(path, members)
-        self._share_products()
+        if self.share_products:
+            self._share_products()
         self._check_dtypes()
         return self.built
 

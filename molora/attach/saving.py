@@ -102,12 +102,15 @@ def load_values(mixture: Mixture, directory: str | Path, *, gather: Gather | Non
         )
         raise CheckpointError(
             f"the mixture in {directory} is another one: {shown}. Use its own configuration; "
-            "losses, dropout, noise and backend may differ."
+            "losses, dropout, noise, backend and share_products may differ."
         )
     mixture.load_state_dict(io.read_tensors(directory, manifest))
 
 
-_OF_TRAINING = {"method", "losses", "backend", "dropout", "noise_std", "jitter", "init"}
+_OF_TRAINING = {
+    *("method", "losses", "backend", "share_products"),
+    *("dropout", "noise_std", "jitter", "init"),
+}
 
 
 def _lasting(config: Any, path: str = "") -> dict[str, Any]:

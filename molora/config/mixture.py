@@ -162,6 +162,9 @@ class MixtureConfig(Frozen):
     """Storage of all trainable parameters; products run in the input's dtype."""
     backend: Literal["auto", "reference", "dense", "grouped", "gather", "triton"] = "auto"
     """Which kernel computes the mixture."""
+    share_products: bool = True
+    """Whether projections that read the same tensor multiply it once, with all their factors and
+    all their routers; the results differ by rounding."""
     train_modules: tuple[str, ...] = ()
     """Paths of modules outside the experts that are trained whole and saved, e.g. `score` or
     `lm_head`."""

@@ -3,25 +3,24 @@ bytes."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "step_cost.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def step_cost() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("step_cost", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["step_cost"] = module
-    spec.loader.exec_module(module)
-    return module
+def step_cost() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield importlib.import_module("step_cost")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +36,20 @@ def test_lora_preset_has_the_operations_of_peft_lora(costs: dict[str, object]) -
     assert ours.saved_x <= peft.saved_x
 
 
-@pytest.mark.parametrize("name", ["molora-soft", "mola-top2"])
-def test_mixture_of_8_rank_8_costs_little_more_than_lora_of_rank_64(
-    costs: dict[str, object], name: str
+def test_soft_mixture_of_8_rank_8_costs_little_more_than_lora_of_rank_64(
+    costs: dict[str, object],
 ) -> None:
     # the router adds E / (E · R) = 1/8 to the down-projections; nothing may grow beyond that
-    mixture, lora = costs[name], costs["lora-64"]
+    mixture, lora = costs["molora-soft"], costs["lora-64"]
     assert 0 < mixture.flops_x - lora.flops_x < 0.2 * (lora.flops_x - 1)
-    assert mixture.saved_x < lora.saved_x + 0.1 * lora.saved_x
+    assert mixture.saved_x < 1.02 * lora.saved_x
+
+
+def test_two_of_eight_experts_cost_less_than_all(costs: dict[str, object]) -> None:
+    mixture, lora = costs["mola-top2"], costs["lora-64"]
+    # a quarter of the experts, and the router
+    assert 0 < mixture.flops_x - 1 < 0.5 * (lora.flops_x - 1)
+    assert mixture.saved_x < lora.saved_x
 
 
 def test_saved_bytes_counts_a_storage_once(step_cost: ModuleType) -> None:

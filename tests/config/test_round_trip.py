@@ -106,6 +106,7 @@ mixtures = st.fixed_dictionaries(
         "losses": st.lists(losses, max_size=3),
         "dtype": st.sampled_from(["float32", "bfloat16", "float16"]),
         "backend": st.sampled_from(["auto", "reference", "dense", "grouped", "gather", "triton"]),
+        "share_products": st.booleans(),
         "train_modules": st.lists(names, max_size=2),
         "train_tokens": st.one_of(
             st.none(), st.builds(lambda i: {"ids": i}, st.lists(st.integers(0, 9), min_size=1))

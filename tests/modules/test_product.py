@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import molora
 from molora.kernels.lora_mix import dense
-from molora.modules import SharedProduct
 
 
 @pytest.fixture
@@ -51,12 +50,6 @@ def adapted(**settings: object) -> tuple[nn.Module, molora.Mixture]:
     return model.train(), mixture
 
 
-def alone(mixture: molora.Mixture) -> None:
-    """No linear shares a product."""
-    for linear in linears(mixture):
-        linear.product = SharedProduct([linear])
-
-
 def linears(mixture: molora.Mixture) -> list[molora.modules.MoLoRALinear]:
     return [mixture.model.get_submodule(path).forward.__self__ for path in mixture.built.banks]
 
@@ -77,7 +70,7 @@ def test_a_block_makes_one_product_per_tensor(products: list[tuple[int, int]]) -
     # q, k, v; o; gate, up; down
     assert products == [(3, 3), (1, 1), (2, 2), (1, 1)] * layers
     products.clear()
-    alone(mixture)
+    model, mixture = adapted(share_products=False)
     separate = step(model, mixture)
     assert products == [(1, 1)] * 7 * layers
     for name, value in separate.items():
