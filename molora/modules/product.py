@@ -72,8 +72,8 @@ class SharedProduct:
 
 def is_partitioned(bank: ExpertBank) -> bool:
     """Whether DeepSpeed's ZeRO-3 divides its parameters among processes."""
-    # not by the bank's attribute, which would gather it
-    return hasattr(bank._parameters["lora_A"], "ds_id")
+    # `get`, since ZeRO-3 gathers a parameter that is looked up by attribute or index
+    return hasattr(bank._parameters.get("lora_A"), "ds_id")
 
 
 def _products(x: Tensor, members: Sequence[MoLoRALinear]) -> list[Product]:
