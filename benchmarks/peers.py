@@ -16,13 +16,11 @@ method lora has the rank of all experts together.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from step_cost import (
     EXPERTS,
     IMPLEMENTATIONS,
@@ -30,6 +28,7 @@ from step_cost import (
     RANK,
     TOP_K,
     Sizes,
+    arguments,
     base_model,
     measure,
 )
@@ -101,22 +100,10 @@ def builder(method: str) -> Callable[[Sizes], nn.Module]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("methods", nargs="*", help=f"of {', '.join(METHODS)}")
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--runs", type=int, default=7)
-    args = parser.parse_args()
-    unknown = [method for method in args.methods if method not in METHODS]
-    if unknown:
-        parser.error(f"unknown {', '.join(unknown)}; known: {', '.join(METHODS)}")
-    torch.set_num_threads(args.threads)
-    sizes = Sizes(hidden=args.hidden, layers=args.layers, tokens=args.tokens)
-    names = {f"moe-peft-{method}": method for method in args.methods or METHODS}
+    methods, sizes, runs = arguments(__doc__, METHODS)
+    names = {f"moe-peft-{method}": method for method in methods}
     IMPLEMENTATIONS.update({name: builder(method) for name, method in names.items()})
-    for cost in measure(list(names), sizes, args.runs, lora=None):
+    for cost in measure(list(names), sizes, runs, lora=None):
         print(json.dumps(asdict(cost)), flush=True)
 
 

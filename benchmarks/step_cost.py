@@ -25,7 +25,7 @@ import gc
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 
@@ -34,7 +34,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import flops
 import torch
-from machine import gemm_rate, linear_products
+from machine import fraction_of_floor, gemm_rate, linear_products
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -230,26 +230,27 @@ def measure(
             base, own = _timed(floor), _timed(steps[name])
             seconds[name].append(Seconds(base, own, _timed(steps[lora]) if lora else None))
     for name in names:
-        counted, time_x = counts[name], median(s.own / s.base for s in seconds[name])
+        counted, runs_of = counts[name], seconds[name]
+        time_x = median(s.own / s.base for s in runs_of)
         cost = Cost(
             name,
             time_x=round(time_x, 3),
             flops_x=round(counted.flops / floor_counts.flops, 3),
             saved_x=round(counted.saved / floor_counts.saved, 3),
             ops_x=round(counted.ops / floor_counts.ops, 3),
-            milliseconds=round(median(s.own for s in seconds[name]) * 1e3, 1),
+            milliseconds=round(median(s.own for s in runs_of) * 1e3, 1),
             saved_mib=round(counted.saved / 2**20, 1),
-            floor=round(median(counted.flops / rate / s.own for s in seconds[name]), 3),
+            floor=round(median(fraction_of_floor(counted.flops, rate, s.own) for s in runs_of), 3),
         )
         yield (
             cost
             if lora is None
             else replace(
                 cost,
-                lora_time=round(median(s.own / s.lora for s in seconds[name] if s.lora), 3),
+                lora_time=round(median(s.own / s.lora for s in runs_of if s.lora), 3),
                 lora_saved=round(counted.saved / counts[lora].saved, 3),
                 lora_overhead=round(
-                    (time_x - 1) / (median(s.lora / s.base for s in seconds[name] if s.lora) - 1), 3
+                    (time_x - 1) / (median(s.lora / s.base for s in runs_of if s.lora) - 1), 3
                 ),
             )
         )
@@ -270,21 +271,27 @@ def _timed(step: Step) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(IMPLEMENTATIONS)}")
+def arguments(description: str | None, known: Iterable[str]) -> tuple[list[str], Sizes, int]:
+    """Names, all that are known if none is given, sizes and runs from the command line."""
+    known = list(known)
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(known)}")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=7)
     args = parser.parse_args()
-    unknown = [name for name in args.names if name not in IMPLEMENTATIONS]
+    unknown = [name for name in args.names if name not in known]
     if unknown:
-        parser.error(f"unknown {', '.join(unknown)}; known: {', '.join(IMPLEMENTATIONS)}")
+        parser.error(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
     torch.set_num_threads(args.threads)
     sizes = Sizes(hidden=args.hidden, layers=args.layers, tokens=args.tokens)
-    for cost in measure(args.names or list(IMPLEMENTATIONS), sizes, args.runs):
+    return args.names or known, sizes, args.runs
+
+
+def main() -> None:
+    for cost in measure(*arguments(__doc__, IMPLEMENTATIONS)):
         print(json.dumps(asdict(cost)), flush=True)
 
 

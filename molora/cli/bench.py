@@ -211,6 +211,7 @@ def row_of(times: Sequence[Timed], calibration: Calibration) -> Row:
 def _bench(effort: Effort, device: str, dtypes: Sequence[str], as_json: bool) -> None:
     from molora.kernels.calibrate import time_case
     from molora.kernels.calibration import load_calibration
+    from molora.kernels.cost import TRAINING_ROWS
 
     calibration, rows = load_calibration(), []
     for dtype in map(_dtype, dtypes):
@@ -225,6 +226,7 @@ def _bench(effort: Effort, device: str, dtypes: Sequence[str], as_json: bool) ->
     figures = calibration.devices.get(device)
     source = "none, so dense" if figures is None else figures.source
     console.print(Text(f"* is what auto picks, by figures of {device}: {source}."))
+    console.print(Text(f"In training it picks for {TRAINING_ROWS} rows, whatever a batch has."))
 
 
 def tables_of(rows: Iterable[Row], *, estimates: bool = False) -> Iterator[Text | Table]:

@@ -87,7 +87,7 @@ class ExpertBank(nn.Module):
 
     def kernels(self, op: str, x: Tensor, slots: int | None) -> Backend:
         """The backend for `op`, "lora_mix" or "lora_rows", and a shape; with "auto" the one that is
-        estimated to take the least time for so many rows.
+        estimated to take the least time for so many rows, in training for a fixed number of them.
 
         Args:
             x: (..., in).
