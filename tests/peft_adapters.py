@@ -27,6 +27,8 @@ def save_adapter(
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # they start at zero
             nn.init.normal_(parameter, std=0.3)
+        elif "lora_magnitude_vector" in name:
+            parameter.data.mul_(0.5 + torch.rand_like(parameter))
     model.save_pretrained(directory)
     return model
 

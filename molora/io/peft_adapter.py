@@ -20,7 +20,7 @@ from molora.errors import CheckpointError
 from molora.io.files import contained, sha256
 from molora.io.header import TensorInfo, read_header
 from molora.io.peft_config import ambiguous_alphas, ranks_and_scalings, read_config
-from molora.io.peft_keys import check_shapes, examples, factor_names
+from molora.io.peft_keys import PartNames, check_parts, check_shapes, examples, part_names
 from molora.io.peft_targets import target_differences
 from molora.io.tensors import map_tensors
 
@@ -37,19 +37,24 @@ MAX_NORM = 1e6
 
 @dataclass(frozen=True, eq=False)
 class AdapterModule:
-    """How an adapter acts on one module: y += scaling · B A x.
+    """How an adapter acts on one module: y += scaling · (B A x + bias).
 
     Attributes:
         lora_A: (R, in), in the type of the file.
         lora_B: (out, R).
         scaling: alpha / R, or alpha / sqrt(R) with rsLoRA, by the patterns that hold here.
         update_norm: Frobenius norm of scaling · B A.
+        bias: (out,), with `lora_bias`.
+        magnitude: (out,), with DoRA (arXiv 2402.09353, eq. 5): with c the magnitude over the norms
+            of the rows of W + scaling · B A, y += (c - 1) ∘ W x + c ∘ scaling · B A x.
     """
 
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
     update_norm: float
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -69,6 +74,9 @@ class Adapter:
         fan_in_fan_out: the adapted weights of the base are (in, out); for merging only.
         sha256: of the file with the tensors.
         notes: what was set aside, and where configuration and tensors differ.
+        invocation_tokens: token ids of an activated LoRA (arXiv 2504.12397): the adapter acts from
+            the start of the last place where they follow each other, and nowhere without one. None:
+            it acts everywhere.
     """
 
     source: Path
@@ -78,15 +86,16 @@ class Adapter:
     fan_in_fan_out: bool
     sha256: str
     notes: tuple[str, ...]
+    invocation_tokens: tuple[int, ...] | None = None
 
 
 def read_adapter(directory: Path, *, max_rank: int = MAX_RANK) -> Adapter:
-    """The plain LoRA of a directory of package peft. The tensors stay in the file until used, which
+    """The LoRA of a directory of package peft. The tensors stay in the file until used, which
     must not be changed meanwhile; writing to them leaves it as it is.
 
     Raises:
-        CheckpointError: files that are missing, links, damaged, or hold something else than plain
-            LoRA factors.
+        CheckpointError: files that are missing, links, damaged, or hold something else than LoRA
+            factors.
         ConfigError: settings that cannot be, or that are not supported.
     """
     try:
@@ -99,13 +108,14 @@ def _read(directory: Path, max_rank: int) -> Adapter:
     path = _tensors_file(directory)
     config, notes = read_config(_contained(directory, CONFIG))
     header = _header(path)
-    pairs = factor_names(path, header)
+    parts = part_names(path, header)
+    check_parts(path, parts, lora_bias=config.lora_bias, use_dora=config.use_dora)
     where = str(directory / CONFIG)
-    resolved = ranks_and_scalings(config, list(pairs), where=where)
+    resolved = ranks_and_scalings(config, list(parts), where=where)
     ranks = {module: rank for module, (rank, _) in resolved.items()}
-    check_shapes(path, header, pairs, ranks, max_rank=max_rank)
-    notes += target_differences(config, list(pairs), where=where)
-    ambiguous = ambiguous_alphas(config, list(pairs), where=where)
+    check_shapes(path, header, parts, ranks, max_rank=max_rank)
+    notes += target_differences(config, list(parts), where=where)
+    ambiguous = ambiguous_alphas(config, list(parts), where=where)
     if ambiguous:
         notes.append(
             f"the order in alpha_pattern decides at {examples(ambiguous)}; peft sorts it when it "
@@ -114,8 +124,8 @@ def _read(directory: Path, max_rank: int) -> Adapter:
     digest = sha256(path)
     tensors = map_tensors(path, header)
     modules = {
-        module: _module(path, module, tensors[a], tensors[b], resolved[module][1])
-        for module, (a, b) in pairs.items()
+        module: _module(path, module, names, tensors, resolved[module][1])
+        for module, names in parts.items()
     }
     silent = [name for name, module in modules.items() if module.update_norm == 0]
     if silent:
@@ -130,6 +140,7 @@ def _read(directory: Path, max_rank: int) -> Adapter:
         fan_in_fan_out=config.fan_in_fan_out,
         sha256=digest,
         notes=tuple(notes),
+        invocation_tokens=tuple(config.alora_invocation_tokens or ()) or None,
     )
 
 
@@ -167,9 +178,10 @@ def _header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _module(
-    path: Path, module: str, lora_A: Tensor, lora_B: Tensor, scaling: float
+    path: Path, module: str, names: PartNames, tensors: Mapping[str, Tensor], scaling: float
 ) -> AdapterModule:
     """Raises CheckpointError for values that are not finite or out of every measure."""
+    lora_A, lora_B = tensors[names.lora_A], tensors[names.lora_B]
     norm = _update_norm(lora_A, lora_B, scaling)
     if not math.isfinite(norm):
         finite = bool(torch.isfinite(lora_A).all())
@@ -177,13 +189,27 @@ def _module(
             f"{path}: {'lora_B' if finite else 'lora_A'} of {module} holds NaN or infinity. Take "
             "an undamaged copy."
         )
+    _check_norm(path, f"the update of {module}", norm)
+    for setting, name in names.vectors:
+        vector_norm = float(tensors[name].double().norm())
+        if not math.isfinite(vector_norm):
+            raise CheckpointError(
+                f"{path}: {name!a} holds NaN or infinity. Take an undamaged copy."
+            )
+        vector_norm *= abs(scaling) if setting == "lora_bias" else 1
+        _check_norm(path, ascii(name), vector_norm)
+    bias = None if names.bias is None else tensors[names.bias]
+    magnitude = None if names.magnitude is None else tensors[names.magnitude]
+    return AdapterModule(lora_A, lora_B, scaling, norm, bias, magnitude)
+
+
+def _check_norm(path: Path, what: str, norm: float) -> None:
     if not norm <= MAX_NORM:
         raise CheckpointError(
-            f"{path}: the update of {module} has the norm {norm:.3g}, at most {MAX_NORM:g} can be "
-            "meant: no weight is as large, and routers that go by norms would follow it alone. "
-            "Take an undamaged copy."
+            f"{path}: {what} has the norm {norm:.3g}, at most {MAX_NORM:g} can be meant: no weight "
+            "is as large, and routers that go by norms would follow it alone. Take an undamaged "
+            "copy."
         )
-    return AdapterModule(lora_A, lora_B, scaling, norm)
 
 
 def _update_norm(lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field, StrictBool, StrictFloat, StrictInt, field_validator
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, field_validator, model_validator
 
 from molora.config.base import Frozen
 from molora.errors import CheckpointError, ConfigError
@@ -22,9 +22,6 @@ MAX_CONFIG = 2**22
 
 LATER = "This version of molora reads plain LoRA factors only"
 REFUSED: dict[str, str] = {
-    "use_dora": f"DoRA scales the rows of the adapted weight. {LATER}",
-    "lora_bias": f"a bias beside lora_B acts with the expert. {LATER}",
-    "alora_invocation_tokens": f"aLoRA acts only after these tokens. {LATER}",
     "modules_to_save": "whole modules were replaced, which no mixture can weigh. Train an adapter "
     "without them",
     "trainable_token_indices": "rows of the embedding were replaced, which no mixture can weigh. "
@@ -55,10 +52,11 @@ HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 Alpha = Annotated[StrictInt | StrictFloat, Field(ge=-1e9, le=1e9)]
 Rank = Annotated[StrictInt, Field(ge=1, le=2**31)]
 Names = str | list[str] | None
+Token = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 
 
 class AdapterConfig(Frozen):
-    """What of `adapter_config.json` says how plain LoRA factors act."""
+    """What of `adapter_config.json` says how LoRA factors act."""
 
     r: Rank = 8
     """Rank where no pattern matches."""
@@ -70,6 +68,12 @@ class AdapterConfig(Frozen):
     """Ranks by regex, in order."""
     alpha_pattern: dict[str, Alpha] = Field(default={})
     """alphas by regex, in order."""
+    lora_bias: StrictBool = False
+    """lora_B has a bias, which acts with the expert."""
+    use_dora: StrictBool = False
+    """The rows of the adapted weight are scaled to given norms."""
+    alora_invocation_tokens: list[Token] | None = Field(default=None, max_length=4096)
+    """The adapter acts from the last place where these tokens follow each other."""
     fan_in_fan_out: StrictBool = False
     """The base's weight is (in, out); the factors are as ever."""
     target_modules: Names = None
@@ -89,6 +93,21 @@ class AdapterConfig(Frozen):
     @classmethod
     def _may_be_null(cls, value: Any) -> Any:
         return {} if value is None else value
+
+    @field_validator("lora_bias", "use_dora", mode="before")
+    @classmethod
+    def _null_is_false(cls, value: Any) -> Any:
+        return False if value is None else value
+
+    @model_validator(mode="after")
+    def _one_variant(self) -> Self:
+        if self.use_dora and (self.lora_bias or self.alora_invocation_tokens):
+            other = "lora_bias" if self.lora_bias else "alora_invocation_tokens"
+            raise ValueError(
+                f"use_dora and {other} are both set, which package peft cannot have trained. "
+                "Take an undamaged copy"
+            )
+        return self
 
 
 def read_config(path: Path) -> tuple[AdapterConfig, list[str]]:

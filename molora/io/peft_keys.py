@@ -1,14 +1,15 @@
 """Names of tensors in a published adapter: which module and factor each is, or why it is refused.
 
-A file of package peft has `base_model.model.MODULE.lora_A.weight` and `….lora_B.weight`. State
-dicts saved in other ways also carry the adapter's name (`lora_A.default.weight`), lack the prefix,
-or hold the names of wrappers.
+A file of package peft has `base_model.model.MODULE.lora_A.weight` and `….lora_B.weight`, and with
+some settings `….lora_B.bias` or `….lora_magnitude_vector`. State dicts saved in other ways also
+carry the adapter's name (`lora_A.default.weight`), lack the prefix, or hold the names of wrappers.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from molora.errors import CheckpointError
@@ -17,7 +18,19 @@ from molora.io.header import TensorInfo
 PREFIX = "base_model.model."
 WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Segments that compiling, sharding and checkpointing put into names."""
-FACTOR = re.compile(r"(?P<module>.+)\.(?P<factor>lora_[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+FACTOR = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_[AB]|lora_magnitude_vector)"
+    r"(?:\.(?!(?:weight|bias)$)(?P<adapter>[^.]+))?(?:\.(?P<kind>weight|bias))?"
+)
+PARTS = {
+    ("lora_A", "weight"): "lora_A",
+    ("lora_B", "weight"): "lora_B",
+    ("lora_B", "bias"): "bias",
+    # the first is what a file has, the second a state dict
+    ("lora_magnitude_vector", None): "magnitude",
+    ("lora_magnitude_vector", "weight"): "magnitude",
+}
+"""What the end of a name says, and what it is called here."""
 MODULE = re.compile(r"(?!__)[A-Za-z0-9_-]+(?:\.(?!__)[A-Za-z0-9_-]+)*")
 """Names of modules that are accepted."""
 MAX_NAME = 512
@@ -28,9 +41,8 @@ TYPES = ("float32", "float16", "bfloat16")
 """Types of factors."""
 LATER = "This version of molora reads plain LoRA factors only."
 UNSUPPORTED: tuple[tuple[str, str], ...] = (
-    (r"\.lora_magnitude_vector\b", f"DoRA's scale of rows. {LATER}"),
     (r"\.lora_embedding_[AB]\b", f"a factor of an embedding. {LATER}"),
-    (r"\.lora_[AB](\..+)?\.bias$", f"a bias beside a factor (lora_bias). {LATER}"),
+    (r"\.lora_A(\..+)?\.bias$", "a bias within a factor, which no version of peft writes."),
     (r"\.lora_diag\b", f"KaSA's diagonal. {LATER}"),
     (r"token_adapter|trainable_tokens", "rows that replace an embedding's. Train without them."),
     (r"\bbase_layer\..*lora_", f"a factor of a parameter within a module. {LATER}"),
@@ -42,28 +54,45 @@ UNSUPPORTED: tuple[tuple[str, str], ...] = (
 """Patterns of names that are recognised, and what they are; the last is everything else."""
 
 
-def factor_names(path: Path, header: Mapping[str, TensorInfo]) -> dict[str, tuple[str, str]]:
-    """module → the names of its A and B in the file, in the order of the file.
+@dataclass(frozen=True)
+class PartNames:
+    """The names in the file of one module's tensors."""
+
+    lora_A: str
+    lora_B: str
+    bias: str | None = None
+    magnitude: str | None = None
+
+    @property
+    def vectors(self) -> tuple[tuple[str, str], ...]:
+        """(which setting makes peft save it, name) of those beside the factors."""
+        both = ("lora_bias", self.bias), ("use_dora", self.magnitude)
+        return tuple((setting, name) for setting, name in both if name is not None)
+
+
+def part_names(path: Path, header: Mapping[str, TensorInfo]) -> dict[str, PartNames]:
+    """module → the names of its tensors in the file, in the order of the file.
 
     Raises:
-        CheckpointError: a name that is no plain factor's, two tensors for one factor, factors of
-            several adapters, or one factor without the other; each names the tensor.
+        CheckpointError: a name that is no part of LoRA, two tensors for one part, parts of several
+            adapters, or one factor without the other; each names the tensor.
     """
     if not header or len(header) > MAX_TENSORS:
         raise CheckpointError(
             f"{path} holds {len(header)} tensors; an adapter has 2 to {MAX_TENSORS}. It is "
             "damaged, or no adapter."
         )
-    stripped: dict[tuple[str, str], str] = {}
+    found: dict[str, dict[str, str]] = {}
     adapters: dict[tuple[str | None, bool], str] = {}
     for name in header:
-        module, factor, adapter = _split(path, name)
-        if (module, factor) in stripped:
+        module, part, adapter = _split(path, name)
+        parts = found.setdefault(module, {})
+        if part in parts:
             raise CheckpointError(
-                f"{path}: {stripped[module, factor]!a} and {name!a} are both {factor} of {module}. "
+                f"{path}: {parts[part]!a} and {name!a} are both {part} of {module}. "
                 "Remove one of them."
             )
-        stripped[module, factor] = name
+        parts[part] = name
         adapters[adapter] = name
     if len(adapters) > 1:
         first, second = list(adapters.values())[:2]
@@ -71,11 +100,11 @@ def factor_names(path: Path, header: Mapping[str, TensorInfo]) -> dict[str, tupl
             f"{path}: {first!a} and {second!a} are not of one adapter: names differ in the "
             "adapter's name or in the prefix. Save each adapter into a directory of its own."
         )
-    return _paired(path, stripped)
+    return {module: _complete(path, module, parts) for module, parts in found.items()}
 
 
 def _split(path: Path, name: str) -> tuple[str, str, tuple[str | None, bool]]:
-    """(module, factor, what all names of one adapter have in common)."""
+    """(module, part, what all names of one adapter have in common)."""
     if len(name) > MAX_NAME:
         raise CheckpointError(
             f"{path}: a name has {len(name)} characters, at most {MAX_NAME}: {name[:80]!a}…. "
@@ -86,8 +115,8 @@ def _split(path: Path, name: str) -> tuple[str, str, tuple[str | None, bool]]:
     prefixed = bare.startswith(PREFIX)
     bare = bare.removeprefix(PREFIX)
     found = FACTOR.fullmatch(bare)
-    nested = found is not None and "base_layer" in found["module"].split(".")
-    if found is None or nested:
+    part = PARTS.get((found["part"], found["kind"])) if found else None
+    if found is None or part is None or "base_layer" in found["module"].split("."):
         what = next(what for pattern, what in UNSUPPORTED if re.search(pattern, bare))
         raise CheckpointError(f"{path}: {name!a} is {what}")
     if not MODULE.fullmatch(found["module"]):
@@ -95,35 +124,51 @@ def _split(path: Path, name: str) -> tuple[str, str, tuple[str | None, bool]]:
             f"{path}: {name!a} names no module: names are letters, digits, '_', '-', and dots "
             "between them. The file is damaged."
         )
-    return found["module"], found["factor"], (found["adapter"], prefixed)
+    return found["module"], part, (found["adapter"], prefixed)
 
 
-def _paired(path: Path, names: Mapping[tuple[str, str], str]) -> dict[str, tuple[str, str]]:
-    pairs = {}
-    for module, factor in names:
-        other = "lora_B" if factor == "lora_A" else "lora_A"
-        if (module, other) not in names:
+def _complete(path: Path, module: str, parts: Mapping[str, str]) -> PartNames:
+    for factor in ("lora_A", "lora_B"):
+        if factor not in parts:
             raise CheckpointError(
-                f"{path} has {factor} of {module} but no {other}: the expert would do nothing "
-                "there. The file is incomplete; take an undamaged copy."
+                f"{path} has {', '.join(parts)} of {module} but no {factor}: the expert would do "
+                "nothing there. The file is incomplete; take an undamaged copy."
             )
-        pairs[module] = names[module, "lora_A"], names[module, "lora_B"]
-    return pairs
+    return PartNames(**parts)
+
+
+def check_parts(
+    path: Path, parts: Mapping[str, PartNames], *, lora_bias: bool, use_dora: bool
+) -> None:
+    """Raise CheckpointError unless each module has the vectors that these settings of the
+    configuration make package peft save: it would leave out what it does not expect, and make up
+    what it lacks."""
+    settings = {"lora_bias": lora_bias, "use_dora": use_dora}
+    for module, names in parts.items():
+        present = dict(names.vectors)
+        for setting, expected in settings.items():
+            if expected is not (setting in present):
+                raise CheckpointError(
+                    f"{path} has {'no' if expected else 'a'} "
+                    f"{'lora_B.bias' if setting == 'lora_bias' else 'lora_magnitude_vector'} of "
+                    f"{module}, but {setting} is {expected} in adapter_config.json. The files do "
+                    "not belong together; take both from one save."
+                )
 
 
 def check_shapes(
     path: Path,
     header: Mapping[str, TensorInfo],
-    pairs: Mapping[str, tuple[str, str]],
+    parts: Mapping[str, PartNames],
     ranks: Mapping[str, int],
     *,
     max_rank: int,
 ) -> None:
-    """Raise CheckpointError unless A is (R, in) and B is (out, R), of floats, with R the rank that
-    the configuration gives and at most `max_rank`."""
-    for module, names in pairs.items():
-        a, b = (header[name] for name in names)
-        for name in names:
+    """Raise CheckpointError unless A is (R, in), B is (out, R) and vectors are (out,), of floats,
+    with R the rank that the configuration gives and at most `max_rank`."""
+    for module, names in parts.items():
+        a, b = header[names.lora_A], header[names.lora_B]
+        for name in (names.lora_A, names.lora_B):
             info = header[name]
             if info.dtype not in TYPES or len(info.shape) != 2 or 0 in info.shape:
                 raise CheckpointError(
@@ -147,6 +192,13 @@ def check_shapes(
                 f"{str(ranks[module])[:20]}, and the scaling follows from it. The files do not "
                 "belong together; take both from one save."
             )
+        for _, name in names.vectors:
+            if header[name].dtype not in TYPES or header[name].shape != b.shape[:1]:
+                raise CheckpointError(
+                    f"{path}: {name!a} is {_shown(header[name])}; it has one of "
+                    f"{', '.join(TYPES)} for each of the {b.shape[0]} rows of lora_B. The file is "
+                    "damaged."
+                )
 
 
 def _shown(info: TensorInfo) -> str:

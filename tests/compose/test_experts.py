@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,32 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}),
     "encoder": ("roberta", {"target_modules": ["query", "dense"]}),
     "encoder and decoder": ("t5", {"target_modules": ["q", "wo"]}),
+    "lora_bias": ("roberta", {"target_modules": ["query", "dense"], "lora_bias": True}),
+    "lora_bias on conv1d": (
+        "gpt2",
+        {"target_modules": ["c_attn"], "lora_bias": True, "fan_in_fan_out": True},
+    ),
+    "dora": ("llama", {"use_dora": True, "target_modules": ["q_proj", "down_proj"]}),
+    "dora beside biases": ("qwen2", {"use_dora": True, "use_rslora": True}),
+    "dora on conv1d": (
+        "gpt2",
+        {"use_dora": True, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+    ),
 }
 
 
-def _update(adapter: Adapter, path: str, x: Tensor) -> Tensor:
+def _update(adapter: Adapter, layer: nn.Module, path: str, x: Tensor) -> Tensor:
+    """What the adapter adds to the output of the layer of the base."""
     module = adapter.modules[path]
-    return module.scaling * (x @ module.lora_A.to(x).T @ module.lora_B.to(x).T)
+    update = module.scaling * (x @ module.lora_A.to(x).T @ module.lora_B.to(x).T)
+    if module.bias is not None:
+        update = update + module.scaling * module.bias
+    if module.magnitude is not None:
+        weight_FD = layer.weight.T if adapter.fan_in_fan_out else layer.weight
+        rows = weight_FD + module.scaling * module.lora_B.to(x) @ module.lora_A.to(x)
+        c_F = module.magnitude / rows.norm(dim=1)
+        update = (c_F - 1) * (x @ weight_FD.T) + c_F * update
+    return update
 
 
 def _adapted(family: str, adapter: Adapter, *, skip: str | None = None) -> nn.Module:
@@ -52,7 +73,7 @@ def _adapted(family: str, adapter: Adapter, *, skip: str | None = None) -> nn.Mo
     for path in adapter.modules:
         if path != skip:
             model.get_submodule(path).register_forward_hook(
-                lambda _, inputs, out, path=path: out + _update(adapter, path, inputs[0])
+                lambda layer, inputs, out, path=path: out + _update(adapter, layer, path, inputs[0])
             )
     return model
 
@@ -95,19 +116,23 @@ def test_each_module_gives_what_peft_gives(tmp_path: Path, kind: str) -> None:
         assert module.rank == layer.r["default"]
         x = torch.randn(4, module.lora_A.shape[1])
         base = layer.get_base_layer()(x)
-        torch.testing.assert_close(base + _update(adapter, path, x), layer(x), atol=2e-6, rtol=2e-6)
+        ours = base + _update(adapter, layer.get_base_layer(), path, x)
+        torch.testing.assert_close(ours, layer(x), atol=4e-6, rtol=4e-6)
         assert (base - layer(x)).abs().max() > 1e-3
+        for part in ("bias", "magnitude"):
+            if getattr(module, part) is not None:
+                plain = dataclasses.replace(module, **{part: None})
+                plain = dataclasses.replace(adapter, modules={path: plain})
+                lacking = base + _update(plain, layer.get_base_layer(), path, x)
+                assert (lacking - layer(x)).abs().max() > 1e-3
         delta = layer.get_delta_weight("default")
         torch.testing.assert_close(torch.tensor(module.update_norm), delta.norm())
 
 
 KINDS_REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "use_dora": ("llama", {"use_dora": True}),
-    "lora_bias": ("gpt2", {"lora_bias": True, "target_modules": ["c_fc"]}),
     "bias": ("gpt2", {"bias": "lora_only", "target_modules": ["c_fc"]}),
     "modules_to_save": ("llama", {"modules_to_save": ["lm_head"]}),
     "trainable_token_indices": ("llama", {"trainable_token_indices": [3, 4]}),
-    "alora_invocation_tokens": ("llama", {"alora_invocation_tokens": [3, 4]}),
     "target_parameters": (
         "qwen3_moe",
         {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]},
@@ -117,19 +142,39 @@ KINDS_REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("key", KINDS_REFUSED)
-def test_what_peft_saves_beside_plain_factors_is_refused(tmp_path: Path, key: str) -> None:
+def test_what_peft_saves_beside_factors_is_refused(tmp_path: Path, key: str) -> None:
     family, settings = KINDS_REFUSED[key]
     save_adapter(tmp_path, family, **settings)
     with pytest.raises(molora.ConfigError, match=f"{key} is "):
         molora.load_experts({"one": tmp_path})
-    if key not in ("alora_invocation_tokens", "init_lora_weights"):
+    if key != "init_lora_weights":
         # the tensors say it too
         neutral: dict[str, Any] = {"bias": "none"}
         edit_config(tmp_path, **{key: neutral.get(key)})
-        if key in ("use_dora", "lora_bias"):
-            edit_config(tmp_path, **{key: False})
         with pytest.raises(molora.CheckpointError):
             molora.load_experts({"one": tmp_path})
+
+
+def test_an_activated_adapter_acts_from_the_last_place_of_its_tokens(tmp_path: Path) -> None:
+    invoked = [7, 8]
+    theirs = save_adapter(tmp_path, alora_invocation_tokens=invoked, task_type="CAUSAL_LM")
+    ids_BS = torch.tensor([[7, 8, 5, 7, 8, 9, 4], [5, 8, 7, 6, 4, 3, 9], [3, 7, 8, 8, 7, 5, 6]])
+    adapter = molora.load_experts({"one": tmp_path}).adapters["one"]
+    assert adapter.invocation_tokens == (7, 8)
+    active_BS = torch.zeros(ids_BS.shape, dtype=torch.bool)
+    active_BS[0, 3:] = active_BS[2, 1:] = True
+    model = tiny("llama")
+    for path in adapter.modules:
+        model.get_submodule(path).register_forward_hook(
+            lambda layer, inputs, out, path=path: (
+                out + active_BS[..., None] * _update(adapter, layer, path, inputs[0])
+            )
+        )
+    with torch.no_grad():
+        expected, ours = theirs(input_ids=ids_BS).logits, model(input_ids=ids_BS).logits
+        everywhere = _adapted("llama", adapter)(input_ids=ids_BS).logits
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5)
+    assert (everywhere - expected)[:, 0].abs().amax(-1).min() > 1e-3
 
 
 def test_an_adapter_that_peft_converted_to_plain_lora_acts_on_the_untouched_base(

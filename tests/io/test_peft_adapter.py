@@ -71,12 +71,20 @@ def test_variants_of_names_are_one_adapter(
 
 
 REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
-    "DoRA": (lambda t: t.update({f"{Q0}.lora_magnitude_vector": torch.ones(48)}), "DoRA"),
+    "DoRA": (
+        lambda t: t.update({f"{Q0}.lora_magnitude_vector": torch.ones(48)}),
+        "has a lora_magnitude_vector of .* but use_dora is False",
+    ),
     "embedding": (
         lambda t: t.update({"base_model.model.model.embed.lora_embedding_A": torch.ones(3, 9)}),
         "factor of an embedding",
     ),
-    "lora_bias": (lambda t: t.update({f"{Q0}.lora_B.bias": torch.ones(48)}), "lora_bias"),
+    "lora_bias": (
+        lambda t: t.update({f"{Q0}.lora_B.bias": torch.ones(48)}),
+        "has a lora_B.bias of .* but lora_bias is False",
+    ),
+    "bias of A": (lambda t: t.update({f"{Q0}.lora_A.bias": torch.ones(3)}), "within a factor"),
+    "vector alone": (lambda t: t.update({f"{Q0}x.lora_magnitude_vector": t[B][:, 0]}), "no lora_A"),
     "bias": (lambda t: t.update({f"{Q0}.base_layer.bias": torch.ones(48)}), "bias of the base"),
     "KaSA": (lambda t: t.update({f"{Q0}.lora_diag": torch.ones(3)}), "KaSA"),
     "module": (
@@ -146,6 +154,52 @@ def test_tensors_that_are_no_plain_expert_are_refused(adapter: Path, kind: str) 
     edit_tensors(adapter, edit)
     with pytest.raises(CheckpointError, match=message):
         read_adapter(adapter)
+
+
+VECTORS: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
+    "short bias": ("lora_bias", lambda v: v[:-1], r"float32 \[47\]; it has one of"),
+    "matrix": ("use_dora", lambda v: v[None], "for each of the 48 rows"),
+    "type": ("use_dora", lambda v: v.double(), "float64"),
+    "NaN": ("use_dora", lambda v: v.index_fill(0, torch.tensor([5]), float("nan")), "holds NaN"),
+    "infinity": ("lora_bias", lambda v: v / 0, "lora_B.bias' holds NaN or infinity"),
+    "norm": ("lora_bias", lambda v: v * 1e7, "lora_B.bias' has the norm"),
+    "magnitude": ("use_dora", lambda v: v * 1e7, "lora_magnitude_vector' has the norm"),
+}
+
+
+@pytest.mark.parametrize("kind", VECTORS)
+def test_vectors_beside_the_factors_are_checked_as_they_are(tmp_path: Path, kind: str) -> None:
+    setting, edit, message = VECTORS[kind]
+    name = f"{Q0}.{'lora_B.bias' if setting == 'lora_bias' else 'lora_magnitude_vector'}"
+    family = "qwen2" if setting == "lora_bias" else "llama"  # the first has biases
+    save_adapter(tmp_path, family, **{setting: True})
+    module = read_adapter(tmp_path).modules[Q0.removeprefix("base_model.model.")]
+    assert (module.bias is None) is (setting == "use_dora")
+    assert (module.magnitude is None) is (setting == "lora_bias")
+    edit_tensors(tmp_path, lambda t: t.update({name: edit(t[name])}))
+    with pytest.raises(CheckpointError, match=message):
+        read_adapter(tmp_path)
+    edit_tensors(tmp_path, lambda t: t.pop(name))
+    with pytest.raises(CheckpointError, match=f"has no .* but {setting} is True"):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("end", [".weight", ".default", ".default.weight"])
+def test_state_dicts_name_magnitudes_otherwise(tmp_path: Path, end: str) -> None:
+    save_adapter(tmp_path, use_dora=True)
+    expected = read_adapter(tmp_path).modules
+    adapter = ".default" if "default" in end else ""
+
+    def rename(name: str) -> str:
+        name = name.replace("magnitude_vector", f"magnitude_vector{end}")
+        return re.sub(r"(lora_[AB])\.", rf"\1{adapter}.", name)
+
+    edit_tensors(tmp_path, _renamed(rename))
+    for name, module in read_adapter(tmp_path).modules.items():
+        magnitude = expected[name].magnitude
+        assert magnitude is not None
+        assert module.magnitude is not None
+        assert torch.equal(module.magnitude, magnitude)
 
 
 def test_a_rank_above_the_cap_is_refused_before_values_are_read(

@@ -106,9 +106,6 @@ def test_patterns_that_are_none_are_refused(patterns: list[str]) -> None:
     ("key", "value"),
     [
         ("peft_type", "XLORA"),
-        ("use_dora", True),
-        ("lora_bias", True),
-        ("alora_invocation_tokens", [1, 2]),
         ("modules_to_save", ["lm_head"]),
         ("trainable_token_indices", {"embed_tokens": [1]}),
         ("target_parameters", ["mlp.experts.down_proj"]),
@@ -179,11 +176,24 @@ def test_what_changes_nothing_is_read() -> None:
         {"target_modules": 3},
         {"layers_to_transform": "1"},
         {"base_model_name_or_path": ["x"]},
+        {"use_dora": 1},
+        {"lora_bias": "true"},
+        {"alora_invocation_tokens": [1, -1]},
+        {"alora_invocation_tokens": [2**31]},
+        {"alora_invocation_tokens": [1] * 4097},
+        {"alora_invocation_tokens": "3 4"},
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"adapter_config.json: {next(iter(settings))}"):
         _config(**settings)
+
+
+@pytest.mark.parametrize("other", [{"lora_bias": True}, {"alora_invocation_tokens": [3]}])
+def test_variants_that_exclude_each_other_are_refused(other: dict[str, Any]) -> None:
+    assert _config(use_dora=True)[0].use_dora
+    with pytest.raises(ConfigError, match=f"use_dora and {next(iter(other))} are both set"):
+        _config(use_dora=True, **other)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "3", '"x"', "[" * 100_000, "\ud800", "9" * 5000])
