@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
+
+from rich.console import Console
+from rich.progress import track
 
 from molora.errors import CheckpointError, ConfigError
 from molora.io.peft_adapter import MAX_RANK, Adapter, read_adapter
@@ -16,6 +19,8 @@ from molora.io.peft_keys import examples
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 """Names of experts: they become names of modules and directories, so neither dots nor slashes."""
 MAX_EXPERTS = 4096
+MANY = 16
+"""So many experts take long enough to show how many are read."""
 OUTLIER = 10.0
 """An update that is so many times as large as the median of its module is pointed out."""
 
@@ -49,12 +54,19 @@ class FrozenExperts:
         return tuple(module in adapter.modules for adapter in self.adapters.values())
 
 
-def load_experts(experts: Mapping[str, str | Path], *, max_rank: int = MAX_RANK) -> FrozenExperts:
+def load_experts(
+    experts: Mapping[str, str | Path],
+    *,
+    max_rank: int = MAX_RANK,
+    progress: bool | None = None,
+) -> FrozenExperts:
     """Read directories that package peft saved as experts, without a model and without a copy.
 
     Args:
         experts: name → directory with `adapter_config.json` and `adapter_model.safetensors`.
         max_rank: the largest rank to accept.
+        progress: whether a bar on stderr shows how many are read; by default if they are many and
+            stderr is a terminal.
 
     Raises:
         ConfigError: names that cannot be, or settings that are not supported.
@@ -70,12 +82,22 @@ def load_experts(experts: Mapping[str, str | Path], *, max_rank: int = MAX_RANK)
             )
     adapters = {
         name: read_adapter(Path(directory), max_rank=max_rank)
-        for name, directory in experts.items()
+        for name, directory in _shown(experts, progress)
     }
     _check_shapes_agree(adapters)
     notes = [f"{name}: {note}" for name, adapter in adapters.items() for note in adapter.notes]
     notes += [*_twice(adapters), *_different_bases(adapters), *_outliers(adapters)]
     return FrozenExperts(MappingProxyType(adapters), tuple(notes))
+
+
+def _shown(
+    experts: Mapping[str, str | Path], progress: bool | None
+) -> Iterable[tuple[str, str | Path]]:
+    console = Console(stderr=True)
+    if progress is None:
+        progress = console.is_terminal and len(experts) >= MANY
+    text = "Reading experts"
+    return track(experts.items(), text, len(experts), console=console, disable=not progress)
 
 
 def _check_shapes_agree(adapters: Mapping[str, Adapter]) -> None:

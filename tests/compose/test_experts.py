@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +283,52 @@ def test_notes_name_bases_twins_and_outliers(tmp_path: Path) -> None:
     assert "a, again: their tensors are the same" in notes
     assert "d: the update is more than 10 times the experts' median at model.layers.0" in notes
     assert "c: " not in notes
+
+
+def _anonymous_bytes() -> int:
+    """Memory of this process that no file backs."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+
+
+def test_a_set_takes_no_memory_beside_its_files(tmp_path: Path) -> None:
+    save_adapter(tmp_path / "a", target_modules=["q_proj"], r=400)
+    wide = {f"model.l{i}.q.lora_{f}.weight": torch.randn(400, 4000) for i in range(2) for f in "AB"}
+    wide = {name: x.T if "B" in name else x for name, x in wide.items()}
+    edit_tensors(tmp_path / "a", lambda t: (t.clear(), t.update(wide)))
+    for name in "bcdefg":
+        shutil.copytree(tmp_path / "a", tmp_path / name)
+    before = _anonymous_bytes()
+    experts = molora.load_experts({name: tmp_path / name for name in "abcdefg"})
+    modules = [
+        module for adapter in experts.adapters.values() for module in adapter.modules.values()
+    ]
+    size = sum(m.lora_A.nbytes + m.lora_B.nbytes for m in modules)
+    assert size > 150e6
+    assert _anonymous_bytes() - before < 0.15 * size
+    copies = [module.lora_A.clone() for module in modules]
+    assert _anonymous_bytes() - before > 0.45 * size
+    assert len(copies) == 14
+
+
+@pytest.mark.parametrize("progress", [None, False, True])
+def test_progress_is_shown_where_it_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], progress: bool | None
+) -> None:
+    save_adapter(tmp_path)
+    many = {f"e{n}": tmp_path for n in range(20)}
+    assert len(molora.load_experts(many, progress=progress).names) == 20
+    out, err = capsys.readouterr()
+    assert not out
+    assert ("Reading experts" in err and "100%" in err) is bool(progress)
+
+
+def test_many_experts_show_progress_on_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    save_adapter(tmp_path)
+    molora.load_experts({f"e{n}": tmp_path for n in range(15)})
+    assert not capsys.readouterr().err
+    molora.load_experts({f"e{n}": tmp_path for n in range(16)})
+    assert "Reading experts" in capsys.readouterr().err

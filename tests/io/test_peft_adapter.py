@@ -224,11 +224,6 @@ def test_a_header_that_claims_too_much_is_refused(adapter: Path) -> None:
     (adapter / TENSORS).write_bytes(struct.pack("<Q", len(text)) + text)
     with pytest.raises(CheckpointError, match="truncated or damaged"):
         read_adapter(adapter)
-    entry["shape"] = [10**4000, 10**4000]
-    text = json.dumps({A: entry}).encode()
-    (adapter / TENSORS).write_bytes(struct.pack("<Q", len(text)) + text)
-    with pytest.raises(CheckpointError, match="damaged header"):
-        read_adapter(adapter)
 
 
 def test_the_size_of_the_header_is_bounded(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
