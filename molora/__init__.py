@@ -2,7 +2,7 @@
 
 from molora import presets
 from molora.attach import Mixture, attach, checkpoint_context, load
-from molora.compose import load_experts
+from molora.compose import compose, load_experts
 from molora.config import MixtureConfig
 from molora.errors import (
     AttachError,
@@ -31,6 +31,7 @@ __all__ = [
     "__version__",
     "attach",
     "checkpoint_context",
+    "compose",
     "load",
     "load_config",
     "load_experts",

@@ -20,7 +20,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "config": (),
     "presets": ("config",),
     "kernels": (),
-    "routing": ("dtypes",),
+    # A router that compares few of many experts goes by their products.
+    "routing": ("dtypes", "kernels.plan", "kernels.grouped_product"),
     "experts": ("dtypes", "kernels", "routing.record"),
     # What a load or an importance is has one definition, shared with what is logged.
     "losses": ("routing.record", "routing.statistics"),
@@ -31,7 +32,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kernels.backend",
     ),
     "compose": (
-        *("attach", "config", "io", "losses", "routing", "experts", "modules"),
+        *("attach", "config", "io", "losses", "presets", "routing", "experts", "modules"),
         "kernels",
     ),
     "data": ("config",),

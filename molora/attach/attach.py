@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from molora.attach.build import DTYPES, Builder, Surgery
+from molora.attach.banks import DTYPES, BankMaker, Brought
+from molora.attach.build import Builder, Surgery
 from molora.attach.extras import Extras
 from molora.attach.hooks import ForwardHooks
 from molora.attach.losses import required_columns, weighted_terms
@@ -34,15 +35,18 @@ def attach(model: nn.Module, config: MixtureConfig, *, seed: int = 0) -> Mixture
             the model is then as it was.
         ConfigError: allocations that do not fit the model's layers.
     """
+    return attach_with(model, config, seed=seed, brought={})
+
+
+def attach_with(model: nn.Module, config: MixtureConfig, *, seed: int, brought: Brought) -> Mixture:
+    """As `attach`, with the factors that imported experts bring; without them they are 0."""
     check_attachable(model)
     plan = make_plan(model, config)
     context, surgery = ForwardContext(), Surgery()
     was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     builder = Builder(
         model,
-        seed=seed,
-        dtype=DTYPES[config.dtype],
-        backend=backend(config.backend),
+        banks=BankMaker(seed, DTYPES[config.dtype], backend(config.backend), brought),
         share_products=config.share_products,
         context=context,
         surgery=surgery,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from molora.attach.banks import BankMaker
 from molora.attach.families import (
     OUTPUT_NAMES,
     FeedForwardLayout,
@@ -19,20 +21,10 @@ from molora.attach.families import (
     plain_linear,
 )
 from molora.attach.plan import Placement
-from molora.config import (
-    Capacity,
-    Dense,
-    Group,
-    NormalInit,
-    Sigmoid,
-    Threshold,
-    TopK,
-    TopP,
-    UnitTop1,
-)
+from molora.attach.routers import make_router, score_function, select_function, slots_of
+from molora.config import Capacity, Imported
 from molora.errors import AttachError
-from molora.experts import Block, ExpertBank, init
-from molora.kernels.backend import Kernels
+from molora.experts import ExpertBank
 from molora.modules import (
     ForwardContext,
     MoLoRAFeedForward,
@@ -42,13 +34,6 @@ from molora.modules import (
     SharedDecision,
     SharedProduct,
 )
-from molora.routing import LinearRouter
-from molora.routing import scores as score_functions
-from molora.routing import select as select_functions
-from molora.routing.scores import ScoreFunction
-from molora.routing.select import SelectFunction
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -113,30 +98,29 @@ class Builder:
         self,
         model: nn.Module,
         *,
-        seed: int,
-        dtype: torch.dtype,
-        backend: Kernels,
+        banks: BankMaker,
         share_products: bool,
         context: ForwardContext,
         surgery: Surgery,
     ) -> None:
         self.model = model
-        self.seed = seed
-        self.dtype = dtype
-        self.backend = backend
+        self.banks = banks
         self.share_products = share_products
         self.context = context
         self.surgery = surgery
         self.built = Built({}, {}, {}, {})
+        self._placements: tuple[Placement, ...] = ()
         self._shared: dict[str, SharedDecision] = {}
         self._linears: dict[str, MoLoRALinear] = {}
 
     def build(self, placements: tuple[Placement, ...]) -> Built:
         """Put banks and routers on all linears of a plan."""
+        self._placements = placements
         blocks: dict[str, list[Placement]] = {}
         for placement in placements:
             module = self.model.get_submodule(placement.path)
-            self.built.banks[placement.path] = bank = self._bank(placement, module)
+            bank = self.banks.make(placement, _device(module))
+            self.built.banks[placement.path] = bank
             self.surgery.add_child(module, "experts", bank)
             if placement.group.site.kind == "ffn" and placement.routed:
                 blocks.setdefault(placement.parent, []).append(placement)
@@ -169,46 +153,16 @@ class Builder:
                 )
 
     def _check_dtypes(self) -> None:
+        trained = [p for bank in self.built.banks.values() for _, p in bank.factors()]
         routers = [site.router for site in self.built.sites.values()]
-        for module in (*self.built.banks.values(), *routers):
-            for parameter in module.parameters():
-                if parameter.dtype != self.dtype:
-                    raise AttachError(
-                        f"new parameters became {parameter.dtype}, but the mixture's are to be "
-                        f"{self.dtype}: inside deepspeed.zero.Init DeepSpeed casts every one. "
-                        "Attach after that context; the engine divides them all the same."
-                    )
-
-    def _bank(self, placement: Placement, module: nn.Module) -> ExpertBank:
-        form = placement.group.expert
-        experts, rank = placement.num_experts, placement.rank
-        shape_A = (1 if form.kind == "shared_a" else experts, rank, placement.in_features)
-        alphas = form.alpha if isinstance(form.alpha, tuple) else [form.alpha] * experts
-        device = _device(module)
-        block = Block(
-            lora_A=self._initial(
-                f"{placement.path}.experts.lora_A", shape_A, form.init, 1 / rank, device
-            ),
-            lora_B=init.empty(
-                (experts, placement.out_features, rank), dtype=self.dtype, device=device
-            ).zero_(),
-            scaling=torch.as_tensor(alphas, dtype=torch.float32, device=device)
-            / (rank if form.scaling == "alpha/r" else rank**0.5),
-        )
-        return ExpertBank(
-            [block], backend=self.backend, dropout=form.dropout.p, dropout_mask=form.dropout.mask
-        )
-
-    def _initial(
-        self, name: str, shape: tuple[int, ...], kind: str, std: float, device: torch.device
-    ) -> Tensor:
-        if device.type == "meta":
-            return torch.empty(shape, dtype=self.dtype, device=device)
-        source = init.generator(self.seed, name)
-        values = (
-            init.kaiming(shape, source) if kind == "kaiming" else init.normal(shape, std, source)
-        )
-        return values.to(device, self.dtype)
+        trained += [p for router in routers if router.trainable for p in router.parameters()]
+        for parameter in trained:
+            if parameter.dtype != self.banks.dtype:
+                raise AttachError(
+                    f"new parameters became {parameter.dtype}, but the mixture's are to be "
+                    f"{self.banks.dtype}: inside deepspeed.zero.Init DeepSpeed casts every one. "
+                    "Attach after that context; the engine divides them all the same."
+                )
 
     def _adapt_linear(self, placement: Placement, module: nn.Module, bank: ExpertBank) -> None:
         decision = self._decision(placement, module) if placement.routed else None
@@ -233,7 +187,7 @@ class Builder:
         site = placement.group.site
         scope = site.scope if site.kind == "linear" else "linear"
         if scope == "linear":
-            return self._site(placement.path, module, placement, placement.in_features)
+            return self._site(placement.path, module, [placement], placement.in_features)
         if scope == "layer" and placement.layer is None:
             raise AttachError(
                 f"{placement.path} belongs to no layer, so scope='layer' has no router for it."
@@ -244,7 +198,7 @@ class Builder:
                 "cannot share the block's decision. Give the keys and values of cross-attention a "
                 "group with scope='linear'."
             )
-        owner = placement.layer.path if scope == "layer" and placement.layer else placement.parent
+        owner = _owner(placement)
         if owner not in self._shared:
             self._shared[owner] = self._shared_decision(owner, placement)
         shared = self._shared[owner]
@@ -258,9 +212,10 @@ class Builder:
 
     def _shared_decision(self, owner: str, placement: Placement) -> SharedDecision:
         module = self.model.get_submodule(owner)
+        sharing = [p for p in self._placements if p.group is placement.group and _owner(p) == owner]
         in_features = block_in_features(module)
         shared = SharedDecision(
-            self._site(owner, module, placement, in_features),
+            self._site(owner, module, sharing, in_features),
             in_features=in_features,
             num_experts=placement.num_experts,
         )
@@ -271,20 +226,18 @@ class Builder:
         return shared
 
     def _site(
-        self, name: str, owner: nn.Module, placement: Placement, in_features: int
+        self, name: str, owner: nn.Module, members: Sequence[Placement], in_features: int
     ) -> RoutingSite:
-        config = placement.group.router
-        router = LinearRouter(
-            self._initial(
-                f"{name}.router.weight",
-                (placement.num_experts, in_features),
-                config.init.kind,
-                config.init.std if isinstance(config.init, NormalInit) else 0.0,
-                _device(self.model.get_submodule(placement.path)),
-            ),
-            temperature=config.temperature,
-            noise_std=config.noise_std,
-            jitter=config.jitter,
+        """The site that decides for these placements, which are of one group."""
+        placement = members[0]
+        router = make_router(
+            name,
+            placement,
+            in_features=in_features,
+            choosable=_choosable(members),
+            seed=self.banks.seed,
+            dtype=self.banks.dtype,
+            device=_device(self.model.get_submodule(placement.path)),
         )
         self.surgery.add_child(owner, "router", router)
         select = placement.group.select
@@ -323,7 +276,7 @@ class Builder:
             self._projection(path, layout.down, members),
             is_deterministic=partial(is_deterministic, module, layout),
             finish=partial(finish, module, layout),
-            site=self._site(path, module, first, in_features),
+            site=self._site(path, module, members, in_features),
             context=self.context,
             base_forward=module.forward,
             overflow_input=isinstance(select, Capacity) and select.overflow == "input",
@@ -363,36 +316,21 @@ def finish(module: nn.Module, layout: FeedForwardLayout, y_TF: Tensor) -> Tensor
     return y_TF if layout.outer_dropout is None else getattr(module, layout.outer_dropout)(y_TF)
 
 
-def score_function(group: Group) -> ScoreFunction:
-    """The pure function behind a score config."""
-    return score_functions.sigmoid if isinstance(group.score, Sigmoid) else score_functions.softmax
+def _owner(placement: Placement) -> str:
+    """Path of the module that owns the router of a placement."""
+    site = placement.group.site
+    if site.kind == "linear" and site.scope == "layer" and placement.layer is not None:
+        return placement.layer.path
+    shared = site.kind == "ffn" or site.scope == "block"
+    return placement.parent if shared else placement.path
 
 
-def select_function(group: Group, top_k: int | None) -> SelectFunction:
-    """The pure function behind a selector config."""
-    match group.select:
-        case Dense():
-            return select_functions.dense
-        case TopK(renormalize=renormalize) | Capacity(renormalize=renormalize):
-            assert top_k is not None
-            return partial(select_functions.top_k, k=top_k, renormalize=renormalize)
-        case TopP(p=p, renormalize=renormalize):
-            return partial(select_functions.top_p, p=p, renormalize=renormalize)
-        case Threshold(threshold=minimum, renormalize=renormalize):
-            return partial(select_functions.threshold, minimum=minimum, renormalize=renormalize)
-        case _:
-            return select_functions.unit_top1
-
-
-def slots_of(placement: Placement) -> int | None:
-    """Experts that every row of a site chooses; None: one slot for each expert."""
-    match placement.group.select:
-        case TopK() | Capacity():
-            return placement.top_k
-        case UnitTop1():
-            return 1
-        case _:
-            return None
+def _choosable(members: Sequence[Placement]) -> tuple[bool, ...] | None:
+    """For each expert whether a router of these placements may choose it; None: all."""
+    form = members[0].group.expert
+    if not isinstance(form, Imported) or form.missing != "mask":
+        return None
+    return tuple(any(placement.path in e.modules for placement in members) for e in form.experts)
 
 
 def _device(module: nn.Module) -> torch.device:

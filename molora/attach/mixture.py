@@ -16,6 +16,7 @@ from molora.attach.extras import Extras
 from molora.attach.hooks import DeferredAux, ForwardHooks, Records
 from molora.attach.partition import check_whole
 from molora.attach.plan import Plan
+from molora.attach.row_scale import set_row_scales
 from molora.attach.side_inputs import SIDE_COLUMNS
 from molora.config import MixtureConfig
 from molora.config.base import unknown_name
@@ -254,6 +255,12 @@ class Mixture:
             if name not in extra:
                 tensor.copy_(state[name])
         self.extras.load({name: state[name] for name in extra})
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Compute again what follows from the experts' factors and the base, as after loading."""
+        with self.disabled():
+            set_row_scales(self.model, self.built.banks)
 
     def save(self, directory: str | Path) -> None:
         """Write the mixture: one safetensors file and one JSON, complete or not at all."""

@@ -7,8 +7,18 @@ from dataclasses import dataclass
 from torch import nn
 
 from molora.attach.families import Layer, feed_forward_layout, in_out_features, layer_of, stream_of
-from molora.attach.targets import Match, match_targets, untouched_experts
-from molora.config import Capacity, Group, MixtureConfig, PerLayer, Shape, TopK, Uniform, resolve
+from molora.attach.targets import Match, match_paths, match_targets, untouched_experts
+from molora.config import (
+    Capacity,
+    Group,
+    Imported,
+    MixtureConfig,
+    PerLayer,
+    Shape,
+    TopK,
+    Uniform,
+    resolve,
+)
 from molora.config.mixture import top_k_exceeds
 from molora.errors import AttachError, ConfigError
 
@@ -30,8 +40,17 @@ class Placement:
 
     @property
     def routed(self) -> bool:
-        """Whether a router decides; one expert alone needs none."""
-        return self.num_experts > 1
+        """Whether a router decides; one expert alone needs none, unless it is weighed."""
+        return self.num_experts > 1 or self.group.weighs_one_expert
+
+    @property
+    def up_parameters(self) -> int:
+        """Number of values of the bank's up-projections."""
+        form = self.group.expert
+        if isinstance(form, Imported):
+            ranks = (e.modules[self.path][0] for e in form.experts if self.path in e.modules)
+            return sum(ranks) * self.out_features
+        return self.num_experts * self.rank * self.out_features
 
     @property
     def parent(self) -> str:
@@ -60,7 +79,8 @@ def make_plan(model: nn.Module, config: MixtureConfig) -> Plan:
     placements: dict[str, Placement] = {}
     matches: list[Match] = []
     for group in config.groups:
-        group_matches = match_targets(model, group.targets)
+        exact = isinstance(group.expert, Imported)
+        group_matches = (match_paths if exact else match_targets)(model, group.targets)
         matches += group_matches
         for path in dict.fromkeys(path for match in group_matches for path in match.paths):
             if path in placements:
@@ -81,7 +101,7 @@ def _place(model: nn.Module, path: str, group: Group) -> Placement:
     in_features, out_features = in_out_features(model.get_submodule(path))
     num_experts = _at_layer(group.num_experts, layer, path, "num_experts")
     top_k = None
-    if isinstance(group.select, (TopK, Capacity)) and num_experts > 1:
+    if isinstance(group.select, (TopK, Capacity)) and (num_experts > 1 or group.weighs_one_expert):
         top_k = _at_layer(group.select.k, layer, path, "top_k")
         if top_k > num_experts:
             if not isinstance(group.num_experts, Shape):
@@ -92,12 +112,20 @@ def _place(model: nn.Module, path: str, group: Group) -> Placement:
         group=group,
         layer=layer,
         num_experts=num_experts,
-        rank=_at_layer(group.rank, layer, path, "rank"),
+        rank=_rank(group, layer, path),
         top_k=top_k,
         stream=stream_of(model, path),
         in_features=in_features,
         out_features=out_features,
     )
+
+
+def _rank(group: Group, layer: Layer | None, path: str) -> int:
+    """The rank of every expert, or of imported ones the largest."""
+    if isinstance(group.expert, Imported):
+        experts = group.expert.experts
+        return max(expert.modules[path][0] for expert in experts if path in expert.modules)
+    return _at_layer(group.rank, layer, path, "rank")
 
 
 def _at_layer(

@@ -129,8 +129,7 @@ def _lasting(config: Any, path: str = "") -> dict[str, Any]:
 def _check_size(model: nn.Module, manifest: io.Manifest) -> None:
     """Refuse more experts than there are tensors for, before attaching makes them."""
     needed = sum(
-        placement.num_experts * placement.rank * placement.out_features
-        for placement in make_plan(model, manifest.mixture).placements
+        placement.up_parameters for placement in make_plan(model, manifest.mixture).placements
     )
     stored = sum(math.prod(info.shape) for info in manifest.tensors.values())
     if needed > stored:

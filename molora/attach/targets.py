@@ -38,6 +38,31 @@ def match_targets(model: nn.Module, patterns: Iterable[str]) -> tuple[Match, ...
     return tuple(_match(model, pattern, linears) for pattern in patterns)
 
 
+def match_paths(model: nn.Module, paths: Iterable[str]) -> tuple[Match, ...]:
+    """Each path as a linear of exactly that name.
+
+    Raises:
+        AttachError: a path that the model has not, or not as a linear.
+    """
+    modules = dict(model.named_modules())
+    for path in paths:
+        if isinstance(modules.get(path), LINEAR_TYPES):
+            continue
+        linears = [name for name, m in modules.items() if isinstance(m, LINEAR_TYPES) and name]
+        if path in modules:
+            raise AttachError(
+                f"an expert adapts {path}, which is a {type(modules[path]).__name__} here; "
+                f"experts go on {', '.join(kind.__name__ for kind in LINEAR_TYPES)} only."
+            )
+        close = difflib.get_close_matches(path, linears, n=3, cutoff=0.4)
+        raise AttachError(
+            f"an expert adapts {path}, which this model has not. "
+            f"Close names: {', '.join(close) or 'none'}. It was trained on another base, or on one "
+            "with or without a head: load the base with the class that the adapter names."
+        )
+    return tuple(Match(path, (path,)) for path in paths)
+
+
 def untouched_experts(model: nn.Module) -> tuple[str, ...]:
     """Fused expert parameters (experts, out, in) of the base, which carry no LoRA experts."""
     return tuple(

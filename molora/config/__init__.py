@@ -2,7 +2,7 @@
 
 from molora.config.allocation import SHAPES, Allocation, PerLayer, Shape, Uniform, resolve
 from molora.config.base import Frozen
-from molora.config.experts import Dropout, ExpertForm, LoRA, SharedA
+from molora.config.experts import Dropout, ExpertForm, Imported, ImportedExpert, LoRA, SharedA
 from molora.config.losses import (
     Importance,
     LoadBalance,
@@ -15,15 +15,21 @@ from molora.config.mixture import FFNSite, Group, LinearSite, MixtureConfig, Tok
 from molora.config.routing import (
     Capacity,
     Dense,
+    Fixed,
+    Identity,
     KaimingInit,
     LinearRouter,
     NormalInit,
+    Projection,
+    Prototype,
+    Router,
     Sigmoid,
     Softmax,
     Threshold,
     TopK,
     TopP,
     UnitTop1,
+    UpdateNorm,
 )
 
 __all__ = [
@@ -34,9 +40,13 @@ __all__ = [
     "Dropout",
     "ExpertForm",
     "FFNSite",
+    "Fixed",
     "Frozen",
     "Group",
+    "Identity",
     "Importance",
+    "Imported",
+    "ImportedExpert",
     "KaimingInit",
     "LinearRouter",
     "LinearSite",
@@ -47,6 +57,9 @@ __all__ = [
     "MixtureConfig",
     "NormalInit",
     "PerLayer",
+    "Projection",
+    "Prototype",
+    "Router",
     "RouterZ",
     "RoutingEntropy",
     "Shape",
@@ -59,5 +72,6 @@ __all__ = [
     "TopP",
     "Uniform",
     "UnitTop1",
+    "UpdateNorm",
     "resolve",
 ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from molora.config.base import Frozen
 
@@ -50,4 +50,58 @@ class SharedA(Frozen):
     """Dropout on the experts' input."""
 
 
-ExpertForm = Annotated[LoRA | SharedA, Field(discriminator="kind")]
+class ImportedExpert(Frozen):
+    """One adapter among the experts: trained elsewhere, or new and as yet untrained."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
+    """What the expert is called."""
+    modules: dict[str, tuple[PositiveInt, float]] = Field(min_length=1)
+    """Path of each linear that it adapts → its rank there, and its scaling."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Storage of its factors."""
+    trainable: bool = False
+    """Whether its factors get gradients."""
+    has_bias: bool = False
+    """Whether a bias is added to B A x before scaling and gate (lora_bias of package peft)."""
+    has_magnitude: bool = False
+    """Whether the rows of the adapted weight have norms of their own (DoRA, 2402.09353)."""
+    invocation_tokens: tuple[int, ...] | None = None
+    """Token ids from whose last occurrence on the expert acts (aLoRA, 2504.12397); None: always."""
+    base: str | None = None
+    """The base that it was trained on, as its trainer called it."""
+    revision: str | None = None
+    """The revision of that base."""
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """Hash of the file that its factors came from; None for a new expert."""
+
+
+class Imported(Frozen):
+    """Experts of any ranks on any linears, each with the factors that it brings.
+
+    ΔW_e = scaling_e · B_e A_e.
+    """
+
+    kind: Literal["imported"] = "imported"
+    experts: tuple[ImportedExpert, ...] = Field(min_length=1)
+    """The experts in the order of the router's outputs."""
+    missing: Literal["mask", "renorm", "zero"] = "mask"
+    """What an expert's part becomes at a linear that it does not adapt. mask: the linear's router
+    cannot choose it. renorm: the gates of the others grow to the same sum. zero: it is lost."""
+    dropout: Dropout = Dropout()
+    """Dropout on the experts' input."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [expert.name for expert in self.experts]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two experts are called {twice!r}. Give each a name of its own.")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The experts in order."""
+        return tuple(expert.name for expert in self.experts)
+
+
+ExpertForm = Annotated[LoRA | SharedA | Imported, Field(discriminator="kind")]

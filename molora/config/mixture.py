@@ -11,14 +11,17 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from molora.config.allocation import Allocation, PerLayer, Shape, Uniform, resolve, smallest
 from molora.config.base import Frozen
-from molora.config.experts import ExpertForm, LoRA
+from molora.config.experts import ExpertForm, Imported, LoRA
 from molora.config.losses import LoadBalance, LocalizedBalance, Loss
 from molora.config.routing import (
     Capacity,
     Dense,
+    Fixed,
     LinearRouter,
+    Router,
     Score,
     Select,
+    Sigmoid,
     Softmax,
     TopK,
     UnitTop1,
@@ -75,7 +78,7 @@ class Group(Frozen):
     """Rank of each expert."""
     expert: ExpertForm = LoRA()
     """How an expert is parametrised."""
-    router: LinearRouter = LinearRouter()
+    router: Router = LinearRouter()
     """What makes the logits."""
     score: Score = Softmax()
     """Logits to scores."""
@@ -84,8 +87,15 @@ class Group(Frozen):
 
     @property
     def routed(self) -> bool:
-        """Whether any layer can have a router."""
-        return self.num_experts != Uniform(value=1)
+        """Whether any layer can have a router. One expert needs none, unless it is weighed."""
+        return self.num_experts != Uniform(value=1) or self.weighs_one_expert
+
+    @property
+    def weighs_one_expert(self) -> bool:
+        """Whether one expert alone has a router too: its gate need not be 1."""
+        return not isinstance(self.router, LinearRouter) or (
+            isinstance(self.expert, Imported) and isinstance(self.score, Sigmoid)
+        )
 
     @model_validator(mode="after")
     def _top_k_fits_every_layer(self) -> Self:
@@ -118,6 +128,8 @@ class Group(Frozen):
 
     @model_validator(mode="after")
     def _one_alpha_per_expert(self) -> Self:
+        if isinstance(self.expert, Imported):
+            return self
         alpha = self.expert.alpha
         if isinstance(alpha, tuple) and set(_counts(self.num_experts)) != {len(alpha)}:
             raise ValueError(
@@ -127,12 +139,42 @@ class Group(Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _routers_of_imported_experts(self) -> Self:
+        form, router = self.expert, self.router
+        if not isinstance(form, Imported):
+            if not isinstance(router, LinearRouter):
+                raise ValueError(
+                    f"router.kind={router.kind!r} is made from experts that are trained already. "
+                    "Use molora.compose, or router.kind='linear'."
+                )
+            return self
+        if self.num_experts != Uniform(value=len(form.experts)):
+            raise ValueError(
+                f"expert.experts has {len(form.experts)} experts, so num_experts must be as many."
+            )
+        if self.site.kind == "ffn":
+            raise ValueError(
+                "site.kind='ffn' mixes whole FFNs, but imported experts were trained at each "
+                "linear. Use site.kind='linear'."
+            )
+        if self.site.scope != "linear" and not isinstance(router, (LinearRouter, Fixed)):
+            raise ValueError(
+                f"router.kind={router.kind!r} has a vector of each linear's width, so every linear "
+                "decides for itself. Use site.scope='linear'."
+            )
+        if isinstance(router, Fixed) and len(router.weights) != len(form.experts):
+            raise ValueError(
+                f"router.weights has {len(router.weights)} values for {len(form.experts)} experts."
+            )
+        return self
+
     def router_gets_no_task_gradient(self) -> bool:
         """Whether gates are constant 1, so that only an auxiliary loss can teach the router."""
-        if not self.routed:
+        if not self.routed or not isinstance(self.router, LinearRouter):
             return False
         if isinstance(self.select, UnitTop1):
-            return True
+            return not self.select.straight_through
         select = self.select
         if not isinstance(select, (TopK, Capacity)) or not select.renormalize:
             return False

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from molora.config.allocation import Allocation
 from molora.config.base import Frozen
@@ -25,7 +26,7 @@ class NormalInit(Frozen):
 
 
 class LinearRouter(Frozen):
-    """logits = W x / temperature, W of shape (E, in), computed in float32."""
+    """logits = (W x + b) / temperature, W of shape (E, in), computed in float32."""
 
     kind: Literal["linear"] = "linear"
     init: Annotated[KaimingInit | NormalInit, Field(discriminator="kind")] = KaimingInit()
@@ -36,6 +37,75 @@ class LinearRouter(Frozen):
     """Standard deviation of Gaussian noise added to the logits in training."""
     jitter: float = Field(default=0.0, ge=0, lt=1)
     """In training the router's input is multiplied by uniform(1 − jitter, 1 + jitter)."""
+    bias: bool = False
+    """Whether a bias is added, which starts at zero."""
+
+
+class Projection(Frozen):
+    """logits = |W x| / temperature, W fixed and of shape (E, in).
+
+    Arrow (Ostapenko et al., 2405.11157): row e is the first right-singular vector of ΔW_e, whose
+    sign is arbitrary.
+    """
+
+    kind: Literal["projection"] = "projection"
+    temperature: PositiveFloat = 1.0
+    """Divides the logits."""
+
+
+class UpdateNorm(Frozen):
+    """logits = ‖ΔW_e x‖ / temperature (SpectR, 2504.03454).
+
+    With `preselect`, only of that many experts with the largest |W x|, W as of `Projection` (LAG,
+    2507.05346); the others are out.
+    """
+
+    kind: Literal["update_norm"] = "update_norm"
+    temperature: PositiveFloat = 1.0
+    """Divides the logits."""
+    relative: bool = False
+    """Divide by ‖ΔW_e‖, so that a large update does not win by its size alone (ours)."""
+    preselect: PositiveInt | None = None
+    """Experts of a row that are compared; None: all."""
+
+
+class Prototype(Frozen):
+    """logits = p_e · x / temperature for one fixed vector per expert and linear.
+
+    similarity "layer_norm": of both, each normalised to mean 0 and variance 1, over √in (PHATGOOSE,
+    2402.05859); "cosine"; "dot": of x as it is.
+    """
+
+    kind: Literal["prototype"] = "prototype"
+    similarity: Literal["layer_norm", "cosine", "dot"] = "layer_norm"
+    """How vectors are compared."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits."""
+
+
+class Fixed(Frozen):
+    """The same logits for every row."""
+
+    kind: Literal["fixed"] = "fixed"
+    weights: tuple[float, ...] = Field(min_length=1)
+    """One for each expert."""
+
+
+def _linear_by_default(data: Any) -> Any:
+    return {"kind": "linear", **data} if isinstance(data, Mapping) else data
+
+
+Router = Annotated[
+    LinearRouter | Projection | UpdateNorm | Prototype | Fixed,
+    Field(discriminator="kind"),
+    BeforeValidator(_linear_by_default),
+]
+
+
+class Identity(Frozen):
+    """scores = logits."""
+
+    kind: Literal["identity"] = "identity"
 
 
 class Softmax(Frozen):
@@ -106,12 +176,15 @@ class Capacity(Frozen):
 
 
 class UnitTop1(Frozen):
-    """The best expert acts with gate exactly 1; the task loss gives the router no gradient."""
+    """The best expert acts with gate exactly 1, the scale at which an adapter was trained."""
 
     kind: Literal["unit_top1"] = "unit_top1"
+    straight_through: bool = False
+    """Whether the gate has the gradient of the score (hard routing of 2606.31413); else the task
+    loss gives the router none."""
 
 
-Score = Annotated[Softmax | Sigmoid, Field(discriminator="kind")]
+Score = Annotated[Softmax | Sigmoid | Identity, Field(discriminator="kind")]
 Select = Annotated[
     Dense | TopK | TopP | Threshold | Capacity | UnitTop1, Field(discriminator="kind")
 ]

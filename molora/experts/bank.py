@@ -25,12 +25,18 @@ class Block:
         lora_B: (E, out, R).
         scaling: (E,) float32.
         trainable: whether the factors get gradients.
+        bias: (E, out), added to B A x before scaling and gate, or None.
+        magnitude: (E, out), the norms of the rows of W + ΔW_e (DoRA), or None.
+        row_scale: (E, out) float32, magnitude / ‖rows of W + ΔW_e‖, where there is a magnitude.
     """
 
     lora_A: Tensor
     lora_B: Tensor
     scaling: Tensor
     trainable: bool = True
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+    row_scale: Tensor | None = None
 
 
 class ExpertBank(nn.Module):
@@ -39,17 +45,30 @@ class ExpertBank(nn.Module):
     The first block's factors are `lora_A` and `lora_B`; further blocks are the children `1`, `2`, …
     Experts are numbered through the blocks. No expert is ever skipped: a parameter without a
     gradient on one rank trains silently wrong under ZeRO.
+
+    Args:
+        blocks: the experts.
+        backend: what computes.
+        columns: the number that each expert has in routing decisions, where some of the deciding
+            router's experts are not in this bank or have another place; None: 0, 1, …
+        grow_gates: whether the gates of the bank's experts grow to the sum that all experts' have,
+            where some are not in the bank.
+        dropout, dropout_mask: on the experts' input.
     """
 
     FACTOR_ROLES: ClassVar = {"lora_A": "A", "lora_B": "B"}
     """Role of each factor in learning rates and freezing, whatever its shape."""
     scaling: Tensor
+    row_scale: Tensor | None
+    columns: Tensor | None
 
     def __init__(
         self,
         blocks: Sequence[Block],
         *,
         backend: Kernels,
+        columns: Sequence[int] | None = None,
+        grow_gates: bool = False,
         dropout: float = 0.0,
         dropout_mask: Literal["shared", "per_expert"] = "shared",
     ) -> None:
@@ -57,7 +76,14 @@ class ExpertBank(nn.Module):
         first, *rest = blocks
         self.lora_A = nn.Parameter(first.lora_A, requires_grad=first.trainable)
         self.lora_B = nn.Parameter(first.lora_B, requires_grad=first.trainable)
+        self.bias = _frozen(first.bias)
+        self.magnitude = _frozen(first.magnitude)
         self.register_buffer("scaling", first.scaling, persistent=False)
+        self.register_buffer("row_scale", first.row_scale, persistent=False)
+        device = first.scaling.device
+        places = None if columns is None else torch.tensor(columns, device=device)
+        self.register_buffer("columns", places, persistent=False)
+        self.grow_gates = grow_gates
         self.trainable = first.trainable
         # not read from the factors later: partitioned by ZeRO-3, they have the shape (0,)
         self.size, self._out_features, self.rank = first.lora_B.shape
@@ -117,7 +143,7 @@ class ExpertBank(nn.Module):
 
     def _in_halves(self, kernels: Backend) -> bool:
         """Whether the update is `lora_down`, then `lora_up`."""
-        apart = kernels.lora_down is not None and self.is_alone
+        apart = kernels.lora_down is not None and self.is_alone and self.row_scale is None
         return apart and not (self._drops() and self.dropout_mask == "per_expert")
 
     def forward(
@@ -128,24 +154,46 @@ class ExpertBank(nn.Module):
         slots_TK: Tensor | None = None,
         down_TP: Tensor | None = None,
         base: Base | None = None,
+        product_TF: Tensor | None = None,
     ) -> Tensor:
         """(T, in) and its rows' decision → (T, out); without one, all experts act with gate 1.
 
         With `base`, its product of x and the update. `down_TP` is the product of x with
-        `shared_factor()`, if it was made already. With `slots_TK`, expert indices of a bank of one
-        block, → (T, K, out): the ungated update of each of them. All come through here because
-        ZeRO-3 has a module's parameters whole while the module is called, not in other methods.
+        `shared_factor()`, if it was made already; `product_TF` is x Wᵀ of the base, which a bank
+        that `reads_product` needs. With `slots_TK`, expert indices of a bank of one block, → (T, K,
+        out): the ungated update of each of them. All come through here because ZeRO-3 has a
+        module's parameters whole while the module is called, not in other methods.
         """
         if slots_TK is not None:
             x = self.dropped_rows(x_TD, slots_TK)
             return self.rows(x, slots_TK, self.lora_A, self.lora_B)
-        kernels = self.kernels("lora_mix", x_TD, acting(routing))
+        decisions = self._decisions(routing)
+        kernels = self.kernels("lora_mix", x_TD, acting(decisions[0]))
         if self._in_halves(kernels) and x_TD.dim() == 2:
-            return self._halves(kernels, x_TD, routing, down_TP, base)
+            y_TF = self._halves(kernels, x_TD, decisions[0], down_TP, base)
+            return self._with_bias(y_TF, decisions[0])
         x = self._dropped(x_TD.to(compute_dtype(x_TD)))
         if base is not None and self._drops():
-            return base.product(x_TD) + self._blocks_mixed(kernels, x, routing, None)
-        return self._blocks_mixed(kernels, x, routing, base)
+            return base.product(x_TD) + self._blocks_mixed(kernels, x, decisions, None, product_TF)
+        return self._blocks_mixed(kernels, x, decisions, base, product_TF)
+
+    @property
+    def reads_product(self) -> bool:
+        """Whether an expert scales the rows of the base's weight, so that x Wᵀ is needed."""
+        return any(block.row_scale is not None for block in self.blocks())
+
+    def _decisions(self, routing: Routing | None) -> list[Routing | None]:
+        """The part of a decision that is about each block's experts."""
+        blocks = list(self.blocks())
+        if routing is None or (self.is_alone and self.columns is None):
+            return [routing] * len(blocks)
+        gates_TE = routing.dense_gates()
+        if self.columns is not None:
+            own_TE = gates_TE.index_select(1, self.columns)
+            gates_TE = _grown(own_TE, gates_TE) if self.grow_gates else own_TE
+        slots = acting(routing)
+        parts = gates_TE.split([block.size for block in blocks], dim=1)
+        return [_of_largest(part, slots) for part in parts]
 
     def _halves(
         self,
@@ -167,20 +215,42 @@ class ExpertBank(nn.Module):
         return kernels.lora_up(x_TD, down_TP, gates_TE, self.lora_B, self.scaling, base=base)
 
     def _blocks_mixed(
-        self, kernels: Backend, x: Tensor, routing: Routing | None, base: Base | None
+        self,
+        kernels: Backend,
+        x: Tensor,
+        decisions: Sequence[Routing | None],
+        base: Base | None,
+        product_TF: Tensor | None,
     ) -> Tensor:
-        if self.is_alone:
-            return self._mixed(kernels, x, routing, base)
         own, *others = blocks = list(self.blocks())
-        sizes = [block.size for block in blocks]
-        inputs = x.split(sizes) if x.dim() == 3 else [x] * len(blocks)
-        decisions: list[Routing | None] = [None] * len(blocks)
-        if routing is not None:
-            decisions = [_dense(gates) for gates in routing.dense_gates().split(sizes, dim=1)]
+        inputs = x.split([b.size for b in blocks]) if x.dim() == 3 else [x] * len(blocks)
         y_TF = own._mixed(kernels, inputs[0], decisions[0], base)
+        y_TF = own._with_rows(own._with_bias(y_TF, decisions[0]), decisions[0], product_TF)
         for block, x_b, decision in zip(others, inputs[1:], decisions[1:], strict=True):
-            y_TF = y_TF + block(x_b, decision)
+            y_TF = y_TF + block(x_b, decision, product_TF=product_TF)
         return y_TF
+
+    def _with_bias(self, y_TF: Tensor, routing: Routing | None) -> Tensor:
+        """y + Σ_e gate_e · scaling_e · bias_e, over the block's own experts."""
+        if self.bias is None:
+            return y_TF
+        weights_TE = self.scaling.expand(len(y_TF), -1)
+        if routing is not None:
+            weights_TE = weights_TE * routing.dense_gates()
+        return y_TF + weights_TE.to(y_TF.dtype) @ self.bias.to(y_TF.dtype)
+
+    def _with_rows(
+        self, y_TF: Tensor, routing: Routing | None, product_TF: Tensor | None
+    ) -> Tensor:
+        """y + Σ_e gate_e · (row_scale_e − 1) ∘ W x: what DoRA makes of the base's rows."""
+        if self.row_scale is None:
+            return y_TF
+        assert product_TF is not None
+        change_EF = self.row_scale - 1
+        change_TF = change_EF.sum(dim=0)[None]
+        if routing is not None:
+            change_TF = routing.dense_gates().to(change_EF.dtype) @ change_EF
+        return y_TF + (change_TF * product_TF).to(y_TF.dtype)
 
     def _mixed(
         self, kernels: Backend, x: Tensor, routing: Routing | None, base: Base | None
@@ -190,7 +260,10 @@ class ExpertBank(nn.Module):
         if routing is not None:
             gates_TK = routing.gates
             index_TK = None if routing.in_order else routing.expert_index
-        factors = self.lora_A, self.lora_B, self.scaling
+        lora_B: Tensor = self.lora_B
+        if self.row_scale is not None:
+            lora_B = lora_B * self.row_scale[:, :, None].to(lora_B.dtype)
+        factors = self.lora_A, lora_B, self.scaling
         if x.dim() == 3:
             # an input per expert: only the reference takes one; the option is documented as slow
             return reference.lora_mix(x, gates_TK, index_TK, *factors, base=base)
@@ -274,3 +347,26 @@ def _dense(gates_TE: Tensor) -> Routing:
     every_TE = torch.arange(gates_TE.shape[1], device=gates_TE.device).expand_as(gates_TE)
     chosen_TE = torch.ones_like(every_TE, dtype=torch.bool)
     return Routing(None, gates_TE, gates_TE, every_TE, chosen_TE, in_order=True)
+
+
+def _of_largest(gates_TE: Tensor, slots: int | None) -> Routing:
+    """The decision with these gates, of which at most `slots` in a row are not 0."""
+    if slots is None or slots >= gates_TE.shape[1]:
+        return _dense(gates_TE)
+    index_TK = gates_TE.detach().abs().topk(slots, dim=-1).indices
+    gates_TK = gates_TE.gather(1, index_TK)
+    chosen_TK = torch.ones_like(index_TK, dtype=torch.bool)
+    return Routing(None, gates_TE, gates_TK, index_TK, chosen_TK)
+
+
+def _grown(own_TE: Tensor, gates_TE: Tensor) -> Tensor:
+    """Gates with the sum that those of all experts have; rows that have none of it stay."""
+    kept_T1 = own_TE.sum(dim=-1, keepdim=True)
+    some_T1 = kept_T1 != 0
+    return own_TE * torch.where(
+        some_T1, gates_TE.sum(dim=-1, keepdim=True) / torch.where(some_T1, kept_T1, 1), 1
+    )
+
+
+def _frozen(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)

@@ -56,17 +56,27 @@ class MoLoRALinear:
             return self.base_forward(x)
         made = self.product.of(self, x)
         routing = None if self.decision is None else self.decision.decide(x, logits_TE=made.logits)
+        x_TD = x.reshape(-1, x.shape[-1])
         base = self._base(x)
-        y_TF = self.experts(x.reshape(-1, x.shape[-1]), routing, down_TP=made.down, base=base)
         if base is not None:
+            y_TF = self.experts(x_TD, routing, down_TP=made.down, base=base)
             return y_TF.view(*x.shape[:-1], -1)
+        if not self.experts.reads_product:
+            y_TF = self.experts(x_TD, routing, down_TP=made.down)
+            y = self.base_forward(x)
+            return y + y_TF.to(y.dtype).view(y.shape)
         y = self.base_forward(x)
+        bias = getattr(self.base, "bias", None)
+        product_TF = (y if bias is None else y - bias).reshape(-1, y.shape[-1])
+        y_TF = self.experts(x_TD, routing, product_TF=product_TF)
         return y + y_TF.to(y.dtype).view(y.shape)
 
     def _base(self, x: Tensor) -> Base | None:
         """The base for a kernel; None where it must run by itself: the kernel has no gradient for
         its weight, and autocast is for modules."""
         if self.plain is None or torch.is_autocast_enabled(x.device.type):
+            return None
+        if self.experts.reads_product:
             return None
         weight, bias = self.base.weight, self.base.bias
         assert isinstance(weight, Tensor)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from molora.errors import AttachError
 from molora.modules.context import ForwardContext
 from molora.routing.record import Routing
 from molora.routing.router import LinearRouter
-from molora.routing.scores import ScoreFunction
+from molora.routing.scores import ScoreFunction, identity
 from molora.routing.select import SelectFunction, dense, limit_capacity
 
 
@@ -27,6 +28,8 @@ class RoutingSite:
             that has both.
         context: shared state of the model's forward.
         slots: K, if the selector has as many for every row; None: one for every expert.
+
+    A router with a buffer `present`, (E,) bool, says which experts can be chosen here.
     """
 
     def __init__(
@@ -67,8 +70,14 @@ class RoutingSite:
         else:
             assert isinstance(self.router, LinearRouter)
             logits_TE = self.router.finish(logits_TE)
+        present_E = getattr(self.router, "present", None)
+        if present_E is not None:
+            nothing = 0.0 if self.score is identity else -torch.inf
+            logits_TE = logits_TE.masked_fill(~present_E, nothing)
         scores_TE = self.score(logits_TE)
         gates_TK, index_TK, selected_TK = self.select(scores_TE)
+        if present_E is not None:
+            selected_TK = selected_TK & present_E[index_TK]
         if self.capacity is not None and self.router.training:
             gates_TK = limit_capacity(
                 gates_TK,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,30 +12,42 @@ from molora.dtypes import apply_keeping_dtype
 
 
 class LinearRouter(nn.Module):
-    """logits = W x / temperature + noise, in float32 and with autocast off inside.
+    """logits = (W x + b) / temperature + noise, in float32 and with autocast off inside.
 
     Args:
-        weight: (E, in), trainable; its dtype survives `.bfloat16()` and engine casts.
+        weight: (E, in); its dtype survives `.bfloat16()` and engine casts.
+        bias: (E,), or None.
         temperature: divides the logits.
         noise_std: standard deviation of Gaussian noise on the logits, in training only.
         jitter: in training the input is multiplied by uniform(1 − jitter, 1 + jitter), for the
             router alone.
+        reads: x as it is, with mean 0 and variance 1 ("layer_norm"), or with norm 1 ("unit").
+        absolute: |W x| in place of W x, for directions without a sign.
+        trainable: whether weight and bias get gradients.
     """
 
     def __init__(
         self,
         weight: Tensor,
+        bias: Tensor | None = None,
         *,
         temperature: float = 1.0,
         noise_std: float = 0.0,
         jitter: float = 0.0,
+        reads: Literal["as it is", "layer_norm", "unit"] = "as it is",
+        absolute: bool = False,
+        trainable: bool = True,
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight)
+        self.weight = nn.Parameter(weight, requires_grad=trainable)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=trainable)
         self.num_experts, self.in_features = weight.shape
         self.temperature = temperature
         self.noise_std = noise_std
         self.jitter = jitter
+        self.reads = reads
+        self.absolute = absolute
+        self.trainable = trainable
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, in) of any float dtype → (T, E) float32."""
@@ -50,17 +62,27 @@ class LinearRouter(nn.Module):
             x_TD = x_TD.float() * torch.empty_like(x_TD, dtype=torch.float32).uniform_(
                 1 - self.jitter, 1 + self.jitter
             )
+        x_TD = self._read(x_TD)
         if not torch.is_grad_enabled():
             return self.finish(_float32_product(x_TD, self.weight))
         return self.finish(_Float32Linear.apply(x_TD, self.weight))
 
+    def _read(self, x_TD: Tensor) -> Tensor:
+        if self.reads == "layer_norm":
+            return nn.functional.layer_norm(wide(x_TD), x_TD.shape[-1:])
+        return nn.functional.normalize(wide(x_TD), dim=-1) if self.reads == "unit" else x_TD
+
     def is_product(self) -> bool:
         """Whether a call is `finish(x Wᵀ)` of the input as it is, which nobody else waits for."""
-        jittered = self.training and self.jitter > 0
-        return not (jittered or self._forward_hooks or self._forward_pre_hooks)
+        changed = (self.training and self.jitter > 0) or self.reads != "as it is"
+        return not (changed or self._forward_hooks or self._forward_pre_hooks)
 
     def finish(self, logits_TE: Tensor) -> Tensor:
         """x Wᵀ, (T, E) float32 → logits."""
+        if self.bias is not None:
+            logits_TE = logits_TE + self.bias.to(logits_TE.dtype)
+        if self.absolute:
+            logits_TE = logits_TE.abs()
         if self.temperature != 1.0:
             logits_TE = logits_TE / self.temperature
         if self.training and self.noise_std > 0:
@@ -102,5 +124,10 @@ class _Float32Linear(torch.autograd.Function):
 
 
 def _float32_product(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
-    return x_TD.to(wide) @ weight_ED.to(wide).T
+    x_TD = wide(x_TD)
+    return x_TD @ weight_ED.to(x_TD.dtype).T
+
+
+def wide(x: Tensor) -> Tensor:
+    """In at least float32."""
+    return x if x.dtype == torch.float64 else x.float()

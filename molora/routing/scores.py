@@ -18,3 +18,8 @@ def softmax(logits_TE: Tensor) -> Tensor:
 def sigmoid(logits_TE: Tensor) -> Tensor:
     """One independent probability per expert."""
     return torch.sigmoid(logits_TE)
+
+
+def identity(logits_TE: Tensor) -> Tensor:
+    """The logits themselves, as fixed weights are."""
+    return logits_TE

@@ -51,10 +51,16 @@ def threshold(scores_TE: Tensor, minimum: float, *, renormalize: bool) -> Select
     return _keep(sorted_TE, index_TE, chosen_TE, renormalize=renormalize)
 
 
-def unit_top1(scores_TE: Tensor) -> Selection:
-    """The best expert with gate exactly 1, which carries no gradient."""
-    index_T1 = scores_TE.argmax(dim=-1, keepdim=True)
-    gates_T1 = torch.ones_like(index_T1, dtype=scores_TE.dtype)
+def unit_top1(scores_TE: Tensor, *, straight_through: bool = False) -> Selection:
+    """The best expert with gate exactly 1.
+
+    With `straight_through` the gate has the gradient of its score (Bengio et al., 1308.3432), else
+    none.
+    """
+    best_T1, index_T1 = scores_TE.max(dim=-1, keepdim=True)
+    gates_T1 = torch.ones_like(best_T1)
+    if straight_through:
+        gates_T1 = gates_T1 + (best_T1 - best_T1.detach())
     return gates_T1, index_T1, torch.ones_like(index_T1, dtype=torch.bool)
 
 

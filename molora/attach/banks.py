@@ -1,0 +1,153 @@
+"""From a placement to the bank of its linear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from molora.attach.initial import initial
+from molora.attach.plan import Placement
+from molora.config import Imported, ImportedExpert, LoRA, SharedA
+from molora.experts import Block, ExpertBank, init
+from molora.kernels.backend import Kernels
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Factors(Protocol):
+    """What an expert brings for one linear; see `molora.io.peft_adapter.AdapterModule`."""
+
+    @property
+    def lora_A(self) -> Tensor: ...
+    @property
+    def lora_B(self) -> Tensor: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+    @property
+    def magnitude(self) -> Tensor | None: ...
+
+
+Brought = Mapping[str, Mapping[str, Factors]]
+"""Expert → linear → factors. What is not in it starts anew, or at 0 if it is to be loaded."""
+
+
+@dataclass(frozen=True)
+class BankMaker:
+    """Makes banks that start from the seed or with what experts bring."""
+
+    seed: int
+    dtype: torch.dtype
+    """Of what is trained."""
+    backend: Kernels
+    brought: Brought
+
+    def make(self, placement: Placement, device: torch.device) -> ExpertBank:
+        """The bank of one linear."""
+        form = placement.group.expert
+        if isinstance(form, Imported):
+            return self._imported(placement, form, device)
+        return ExpertBank(
+            [self._new(placement, form, device)],
+            backend=self.backend,
+            dropout=form.dropout.p,
+            dropout_mask=form.dropout.mask,
+        )
+
+    def _new(self, placement: Placement, form: LoRA | SharedA, device: torch.device) -> Block:
+        experts, rank = placement.num_experts, placement.rank
+        shape_A = (1 if form.kind == "shared_a" else experts, rank, placement.in_features)
+        alphas = form.alpha if isinstance(form.alpha, tuple) else [form.alpha] * experts
+        return Block(
+            lora_A=self._initial(placement, "", shape_A, form.init, 1 / rank, device),
+            lora_B=init.empty(
+                (experts, placement.out_features, rank), dtype=self.dtype, device=device
+            ).zero_(),
+            scaling=torch.as_tensor(alphas, dtype=torch.float32, device=device)
+            / (rank if form.scaling == "alpha/r" else rank**0.5),
+        )
+
+    def _initial(
+        self,
+        placement: Placement,
+        block: str,
+        shape: tuple[int, ...],
+        kind: str,
+        std: float,
+        device: torch.device,
+    ) -> Tensor:
+        name = f"{placement.path}.experts.{block}lora_A"
+        return initial(name, shape, kind, std, seed=self.seed, dtype=self.dtype, device=device)
+
+    def _imported(self, placement: Placement, form: Imported, device: torch.device) -> ExpertBank:
+        """One block for all experts that are stored alike; experts that lack the linear are out."""
+        blocks: dict[object, list[int]] = {}
+        for column, expert in enumerate(form.experts):
+            if placement.path in expert.modules:
+                rank, _ = expert.modules[placement.path]
+                kind = (rank, self._dtype(expert), expert.trainable, expert.sha256 is None)
+                parts = (expert.has_bias, expert.has_magnitude)
+                blocks.setdefault((*kind, *parts), []).append(column)
+        columns = [column for members in blocks.values() for column in members]
+        in_order = columns == list(range(len(form.experts)))
+        return ExpertBank(
+            [
+                self._block(
+                    placement, [form.experts[c] for c in members], f"{n}." if n else "", device
+                )
+                for n, members in enumerate(blocks.values())
+            ],
+            backend=self.backend,
+            columns=None if in_order else columns,
+            grow_gates=form.missing == "renorm",
+            dropout=form.dropout.p,
+            dropout_mask=form.dropout.mask,
+        )
+
+    def _dtype(self, expert: ImportedExpert) -> torch.dtype:
+        return self.dtype if expert.trainable else DTYPES[expert.dtype]
+
+    def _block(
+        self,
+        placement: Placement,
+        experts: Sequence[ImportedExpert],
+        name: str,
+        device: torch.device,
+    ) -> Block:
+        path, first, size = placement.path, experts[0], len(experts)
+        rank = first.modules[path][0]
+        dtype = self._dtype(first)
+        shape_A, shape_B = (size, rank, placement.in_features), (size, placement.out_features, rank)
+        empty_A = init.empty(shape_A, dtype=dtype, device=device).zero_()
+        empty_B = init.empty(shape_B, dtype=dtype, device=device).zero_()
+        if first.sha256 is None:
+            empty_A = self._initial(placement, name, shape_A, "kaiming", 0.0, device)
+        rows = init.empty((size, placement.out_features), dtype=dtype, device=device).zero_()
+        block = Block(
+            lora_A=empty_A,
+            lora_B=empty_B,
+            scaling=torch.tensor([e.modules[path][1] for e in experts], device=device),
+            trainable=first.trainable,
+            bias=rows if first.has_bias else None,
+            magnitude=rows.clone() if first.has_magnitude else None,
+            row_scale=torch.ones_like(rows, dtype=torch.float32) if first.has_magnitude else None,
+        )
+        for number, expert in enumerate(experts):
+            if path in self.brought.get(expert.name, {}):
+                _fill(block, number, self.brought[expert.name][path])
+        return block
+
+
+def _fill(block: Block, number: int, factors: Factors) -> None:
+    pairs = (
+        (block.lora_A, factors.lora_A),
+        (block.lora_B, factors.lora_B),
+        (block.bias, factors.bias),
+        (block.magnitude, factors.magnitude),
+    )
+    for own, given in pairs:
+        if own is not None and given is not None:
+            own[number].copy_(given)

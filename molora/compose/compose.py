@@ -1,0 +1,200 @@
+"""Frozen experts and a router, on a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from molora.attach import Mixture
+from molora.attach.attach import attach_with
+from molora.compose.experts import NAME, FrozenExperts
+from molora.compose.vectors import Vectors, fill_routers
+from molora.config import Imported, LinearRouter, MixtureConfig
+from molora.config.base import unknown_name
+from molora.errors import ConfigError
+from molora.io.peft_adapter import Adapter
+from molora.presets.frozen import recipe
+
+Missing = Literal["mask", "renorm", "zero", "error"]
+NEW = {"rank": 8, "alpha": 16.0}
+"""Rank and alpha of a new expert."""
+
+
+def compose(
+    model: nn.Module,
+    experts: FrozenExperts,
+    *,
+    router: str | Mapping[str, Any] = "arrow",
+    missing: Missing | None = None,
+    trainable: Sequence[str] = (),
+    new: Mapping[str, Mapping[str, float]] | Sequence[str] = (),
+    seed: int = 0,
+    **options: Any,
+) -> Mixture:
+    """Put pretrained experts on the linears that they adapt, with a router over them.
+
+    Experts may differ in rank, scaling, dtype and linears. They are copied; neither they nor the
+    base are changed.
+
+    Args:
+        model: the base that the experts were trained on.
+        experts: from `molora.load_experts`.
+        router: a name of `molora.presets.frozen.ROUTERS`, or `kind` and its arguments, among them
+            `vectors`, {expert: {linear: tensor}} or "arrow", for routers that start from vectors.
+        missing: what an expert's part becomes at a linear that it does not adapt: "mask", it cannot
+            be chosen there; "renorm", the others' gates grow to the same sum; "zero", it is lost;
+            "error". By default "mask", and "zero" where several linears share a decision.
+        trainable: experts that start from their adapter and are trained on.
+        new: names of further experts on every linear, which start at 0 and are trained; or names
+            with their `rank` and `alpha`.
+        seed: starts what is trained.
+        options: further fields of `MixtureConfig`: losses, dtype, backend …
+
+    Raises:
+        ConfigError: names, routers and settings that cannot be.
+        AttachError: experts that do not fit the model; it is then as it was.
+    """
+    given = {"kind": router} if isinstance(router, str) else dict(router)
+    vectors: Vectors | str | None = given.pop("vectors", None)
+    config = composed_config(
+        experts, router=given, missing=missing, trainable=trainable, new=new, **options
+    )
+    brought = {name: adapter.modules for name, adapter in experts.adapters.items()}
+    mixture = attach_with(model, config, seed=seed, brought=brought)
+    try:
+        mixture.refresh()
+        form = config.groups[0].expert
+        assert isinstance(form, Imported)
+        fill_routers(mixture, form.names, vectors)
+    except BaseException:
+        mixture.detach()
+        raise
+    for note in (*experts.notes, *_other_bases(model, experts)):
+        warnings.warn(note, stacklevel=2)
+    return mixture
+
+
+def composed_config(
+    experts: FrozenExperts,
+    *,
+    router: str | Mapping[str, Any] = "arrow",
+    missing: Missing | None = None,
+    trainable: Sequence[str] = (),
+    new: Mapping[str, Mapping[str, float]] | Sequence[str] = (),
+    **options: Any,
+) -> MixtureConfig:
+    """The configuration of `compose`, with the same arguments and errors."""
+    new = new if isinstance(new, Mapping) else {name: {} for name in new}
+    names = [*experts.names, *new]
+    for name in trainable:
+        if name not in experts.names:
+            raise ConfigError(f"trainable: {unknown_name('expert', name, list(experts.names))}")
+    kind, fields = recipe(names, router)
+    losses = options.pop("losses", fields.pop("losses", ()))
+    dropout = options.pop("dropout", 0.0)
+    form = {
+        "kind": "imported",
+        "experts": [
+            *(_described(n, a, n in trainable) for n, a in experts.adapters.items()),
+            *(_new_expert(name, experts, settings) for name, settings in new.items()),
+        ],
+        "missing": _policy(missing, fields, experts),
+        "dropout": {"p": dropout},
+    }
+    group = {
+        "targets": experts.modules,
+        "num_experts": len(names),
+        "expert": form,
+        **fields,
+    }
+    config = MixtureConfig.parse({"method": kind, "groups": [group], "losses": losses, **options})
+    learned = isinstance(config.groups[0].router, LinearRouter) or kind in ("uniform", "fixed")
+    if (trainable or new) and not learned:
+        raise ConfigError(
+            f"router {kind} is made from the experts' factors as they are, so that experts that "
+            "are trained would outgrow it. Use a learned router, or fixed weights."
+        )
+    return config
+
+
+def _described(name: str, adapter: Adapter, trained: bool) -> dict[str, Any]:
+    modules = adapter.modules.values()
+    dtypes = {m.lora_A.dtype for m in modules} | {m.lora_B.dtype for m in modules}
+    # the only type that holds every value of two different ones
+    dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32"
+    has_magnitude = any(m.magnitude is not None for m in modules)
+    has_bias = any(m.bias is not None for m in modules)
+    if adapter.invocation_tokens is not None:
+        raise ConfigError(
+            f"{name} acts only after the tokens {list(adapter.invocation_tokens)} (aLoRA), which "
+            "a mixture cannot do yet. Leave it out."
+        )
+    if trained and (has_magnitude or has_bias):
+        raise ConfigError(
+            f"trainable: {name} has {'a magnitude (DoRA)' if has_magnitude else 'biases'}, which "
+            "stay as they are. Keep it frozen, or leave it out."
+        )
+    return {
+        "name": name,
+        "modules": {path: (m.rank, m.scaling) for path, m in adapter.modules.items()},
+        "dtype": dtype,
+        "trainable": trained,
+        "has_bias": has_bias,
+        "has_magnitude": has_magnitude,
+        "invocation_tokens": adapter.invocation_tokens,
+        "base": adapter.base,
+        "revision": adapter.revision,
+        "sha256": adapter.sha256,
+    }
+
+
+def _new_expert(name: str, experts: FrozenExperts, settings: Mapping[str, float]) -> dict[str, Any]:
+    if name in experts.names or not NAME.fullmatch(name):
+        raise ConfigError(
+            f"new: an expert cannot be called {name[:80]!a}. Give up to 64 letters, digits, '_' "
+            "and '-' that no other expert has."
+        )
+    for key in settings:
+        if key not in NEW:
+            raise ConfigError(f"new.{name}: {unknown_name('setting', key, NEW)}")
+    rank, alpha = ({**NEW, **settings}[key] for key in ("rank", "alpha"))
+    if rank != int(rank) or rank < 1 or not alpha > 0:
+        raise ConfigError(
+            f"new.{name}: rank={rank}, alpha={alpha}; a rank is an integer from 1 on, alpha "
+            "positive."
+        )
+    modules = {path: (int(rank), alpha / rank) for path in experts.modules}
+    return {"name": name, "modules": modules, "trainable": True}
+
+
+def _policy(missing: Missing | None, fields: Mapping[str, Any], experts: FrozenExperts) -> str:
+    if missing == "error":
+        for name, adapter in experts.adapters.items():
+            lacking = [path for path in experts.modules if path not in adapter.modules]
+            if lacking:
+                raise ConfigError(
+                    f"expert {name} does not adapt {lacking[0]}"
+                    f"{f' and {len(lacking) - 1} more linears' if len(lacking) > 1 else ''}. Leave "
+                    "it out, or choose missing='mask', 'renorm' or 'zero'."
+                )
+        return "mask"
+    shared = fields.get("site", {}).get("scope", "linear") != "linear"
+    return missing or ("zero" if shared else "mask")
+
+
+def _other_bases(model: nn.Module, experts: FrozenExperts) -> list[str]:
+    """One line for each base that experts name and that this model is not called."""
+    own = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    last = own.rstrip("/").rpartition("/")[2].lower()
+    named: dict[str, list[str]] = {}
+    for name, adapter in experts.adapters.items():
+        if last and adapter.base and adapter.base.rstrip("/").rpartition("/")[2].lower() != last:
+            named.setdefault(adapter.base, []).append(name)
+    return [
+        f"{', '.join(names[:3])}{' and more' if len(names) > 3 else ''}: trained on "
+        f"{ascii(base)[:200]}, but the model is {ascii(own)[:200]}"
+        for base, names in named.items()
+    ]
