@@ -57,12 +57,18 @@ def low_rank_svd(
     q_B, r_B = torch.linalg.qr(lora_B.to(dtype))
     core_U, sigma, core_Vh = torch.linalg.svd(r_B @ r_A.mT, full_matrices=False)
     factor = torch.as_tensor(scaling, dtype=dtype, device=sigma.device)
-    Vh = core_Vh @ q_A.mT
-    largest = Vh.abs().argmax(dim=-1, keepdim=True)
-    sign = torch.where(Vh.gather(-1, largest) < 0, -1.0, 1.0).to(dtype)
-    U = (q_B @ core_U) * sign.mT * torch.where(factor < 0, -1.0, 1.0).to(dtype)[..., None, None]
+    U, Vh = canonical_signs(q_B @ core_U, core_Vh @ q_A.mT)
+    U = U * torch.where(factor < 0, -1.0, 1.0).to(dtype)[..., None, None]
     S = sigma * factor.abs()[..., None]
-    return LowRankSVD(*_filled_up(U, S, Vh * sign, rank))
+    return LowRankSVD(*_filled_up(U, S, Vh, rank))
+
+
+def canonical_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of vectors (…, F, R), (…, R, D) with the component of largest magnitude of each right
+    one made positive."""
+    largest = Vh.abs().argmax(dim=-1, keepdim=True)
+    sign = torch.where(Vh.gather(-1, largest) < 0, -1.0, 1.0).to(Vh.dtype)
+    return U * sign.mT, Vh * sign
 
 
 def _filled_up(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +96,8 @@ def inner_products(
     modules: Sequence[AdapterModule], *, dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """(E, E): ⟨ΔW_i, ΔW_j⟩ = Σ (A_i A_jᵀ) ∘ (B_iᵀ B_j) · s_i s_j of one module's E updates, of any
-    ranks. Computed in `dtype` from products of the size of the sum of all ranks."""
+    ranks. Computed in `dtype` from products of the size of the sum of all ranks. Biases and
+    magnitudes (DoRA) are no part of it."""
     ranks = torch.tensor([module.rank for module in modules])
     a_RD = torch.cat([module.lora_A.to(dtype) for module in modules])
     b_FR = torch.cat([module.lora_B.to(dtype) * module.scaling for module in modules], dim=1)
