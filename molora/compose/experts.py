@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
 
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from molora.errors import CheckpointError, ConfigError
-from molora.io.peft_adapter import MAX_RANK, Adapter, read_adapter
+from molora.io.adapter import Adapter, AdapterModule, ExpertParameter
+from molora.io.hub import adapter_directory
+from molora.io.peft_adapter import MAX_RANK, read_adapter
+from molora.io.peft_files import CONFIG
 from molora.io.peft_keys import examples
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -49,45 +54,89 @@ class FrozenExperts:
             dict.fromkeys(m for adapter in self.adapters.values() for m in adapter.modules)
         )
 
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Every parameter of stacked weights that an expert adapts, likewise."""
+        return tuple(
+            dict.fromkeys(p for adapter in self.adapters.values() for p in adapter.parameters)
+        )
+
     def present(self, module: str) -> tuple[bool, ...]:
         """For each expert whether it adapts the module."""
         return tuple(module in adapter.modules for adapter in self.adapters.values())
 
 
 def load_experts(
-    experts: Mapping[str, str | Path],
+    experts: Mapping[str, str | Path] | str | Path,
     *,
     max_rank: int = MAX_RANK,
+    allow_pickle: bool = False,
+    initial: Mapping[str, str | Path] | None = None,
+    base_weight: Callable[[str], Tensor] | None = None,
     progress: bool | None = None,
 ) -> FrozenExperts:
     """Read directories that package peft saved as experts, without a model and without a copy.
 
     Args:
-        experts: name → directory with `adapter_config.json` and `adapter_model.safetensors`.
+        experts: name → directory with `adapter_config.json` and `adapter_model.safetensors`, or id
+            of the hub such as "owner/name" or "owner/name@revision"; or one directory, whose
+            sub-directories with an adapter are the experts.
         max_rank: the largest rank to accept.
+        allow_pickle: read `adapter_model.bin` where there is nothing else: of files that you trust.
+        initial: name → directory with the factors before training, for experts whose start took a
+            part out of the base (PiSSA, OLoRA, CorDA, LoRA-GA).
+        base_weight: for PiSSA and OLoRA instead: the untouched weight (out, in) of a module.
         progress: whether a bar on stderr shows how many are read; by default if they are many and
             stderr is a terminal.
 
     Raises:
         ConfigError: names that cannot be, or settings that are not supported.
-        CheckpointError: files that are missing, damaged, no plain LoRA, or for different bases.
+        CheckpointError: files that are missing, damaged, no LoRA, or for different bases.
     """
-    if not 1 <= len(experts) <= MAX_EXPERTS:
-        raise ConfigError(f"{len(experts)} experts were given; give 1 to {MAX_EXPERTS}.")
-    for name in experts:
+    places = experts if isinstance(experts, Mapping) else _within(Path(experts))
+    if not 1 <= len(places) <= MAX_EXPERTS:
+        raise ConfigError(f"{len(places)} experts were given; give 1 to {MAX_EXPERTS}.")
+    for name in places:
         if not NAME.fullmatch(name):
             raise ConfigError(
                 f"An expert cannot be called {name[:80]!a}. Give up to 64 letters, digits, '_' and "
                 "'-', the first a letter or digit."
             )
-    adapters = {
-        name: read_adapter(Path(directory), max_rank=max_rank)
-        for name, directory in _shown(experts, progress)
-    }
+    before = {} if initial is None else initial
+    unknown = sorted({*before} - {*places})
+    if unknown:
+        raise ConfigError(f"initial names {examples(unknown)}, which are no experts.")
+    directory = partial(adapter_directory, allow_pickle=allow_pickle)
+    adapters = {}
+    for name, place in _shown(places, progress):
+        start = before.get(name)
+        adapters[name] = read_adapter(
+            directory(place),
+            max_rank=max_rank,
+            allow_pickle=allow_pickle,
+            initial=None if start is None else directory(start),
+            base_weight=base_weight,
+        )
     _check_shapes_agree(adapters)
     notes = [f"{name}: {note}" for name, adapter in adapters.items() for note in adapter.notes]
     notes += [*_twice(adapters), *_different_bases(adapters), *_outliers(adapters)]
     return FrozenExperts(MappingProxyType(adapters), tuple(notes))
+
+
+def _within(root: Path) -> dict[str, Path]:
+    """The sub-directories with an adapter by name, those that are numbers in their order."""
+    try:
+        every = [path for path in root.iterdir() if not path.is_symlink()]
+        found = [path for path in every if (path / CONFIG).is_file()]
+    except OSError as error:
+        raise CheckpointError(f"{root} is no directory of adapters: {error}.") from None
+    if not found:
+        raise CheckpointError(
+            f"No sub-directory of {root} has a {CONFIG}. Give a directory of adapters, or names "
+            "and directories."
+        )
+    numbered = [(len(p.name) if p.name.isdecimal() else 99, p.name, p) for p in found]
+    return {name: path for _, name, path in sorted(numbered)}
 
 
 def _shown(
@@ -101,17 +150,27 @@ def _shown(
 
 
 def _check_shapes_agree(adapters: Mapping[str, Adapter]) -> None:
-    first: dict[str, tuple[str, int, int]] = {}
+    first: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, adapter in adapters.items():
-        for path, module in adapter.modules.items():
-            size = module.lora_A.shape[1], module.lora_B.shape[0]
-            other, *expected = first.setdefault(path, (name, *size))
-            if tuple(expected) != size:
+        for path, part in _parts(adapter).items():
+            *stacked, _, size_in = part.lora_A.shape
+            size = (*stacked, size_in, part.lora_B.shape[-2])
+            other, expected = first.setdefault(path, (name, size))
+            if expected != size:
                 raise CheckpointError(
-                    f"{path} maps {size[0]} to {size[1]} features in expert {name}, but "
-                    f"{expected[0]} to {expected[1]} in {other}. They were trained on different "
-                    "bases; leave one out."
+                    f"{path} maps {_mapped(size)} features in expert {name}, but "
+                    f"{_mapped(expected)} in {other}. They were trained on different bases; leave "
+                    "one out."
                 )
+
+
+def _mapped(size: tuple[int, ...]) -> str:
+    *stacked, size_in, size_out = size
+    return f"{size_in} to {size_out}" + "".join(f" in {number} weights" for number in stacked)
+
+
+def _parts(adapter: Adapter) -> dict[str, AdapterModule | ExpertParameter]:
+    return {**adapter.modules, **adapter.parameters}
 
 
 def _twice(adapters: Mapping[str, Adapter]) -> list[str]:
@@ -138,8 +197,8 @@ def _outliers(adapters: Mapping[str, Adapter]) -> list[str]:
     """Experts whose updates dwarf those of the others, of which three or more are compared."""
     norms: dict[str, dict[str, float]] = {}
     for name, adapter in adapters.items():
-        for path, module in adapter.modules.items():
-            norms.setdefault(path, {})[name] = module.update_norm
+        for path, part in _parts(adapter).items():
+            norms.setdefault(path, {})[name] = part.update_norm
     found: dict[str, list[str]] = {}
     for path, by_name in norms.items():
         usual = median(by_name.values())

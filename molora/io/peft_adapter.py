@@ -1,97 +1,57 @@
 """A directory that package peft saved → the factors of one frozen expert, mapped from the file.
 
 Everything that the files say is checked before values are read; the values are checked without a
-copy in memory. Nothing in the directory is written, and links in it are not followed.
+copy in memory. Nothing in the directory is written, and links in it are followed only where the
+hub's cache has them.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from molora.errors import CheckpointError
-from molora.io.files import contained, sha256
-from molora.io.header import TensorInfo, read_header
-from molora.io.peft_config import ambiguous_alphas, ranks_and_scalings, read_config
+from molora.io.adapter import Adapter, AdapterModule, ExpertParameter
+from molora.io.files import sha256
+from molora.io.peft_config import AdapterConfig, ambiguous_alphas, ranks_and_scalings, read_config
+from molora.io.peft_files import CONFIG, TENSORS, UNSAFE, Stored, inside, open_tensors
 from molora.io.peft_keys import PartNames, check_parts, check_shapes, examples, part_names
+from molora.io.peft_parameters import check_stacked_shapes, checked_parameter, split_parameters
+from molora.io.peft_starts import without_start
 from molora.io.peft_targets import target_differences
-from molora.io.tensors import map_tensors
+from molora.io.peft_values import checked_module
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
-UNSAFE = "adapter_model.bin"
-MAX_HEADER = 2**25
-"""Bytes of the header of the tensors' file: 150 for each of the most tensors that are read."""
 MAX_RANK = 512
 """Rank of a factor, unless the caller allows more."""
-MAX_NORM = 1e6
-"""Of scaling · B A in the Frobenius norm; a weight of the largest models has less than 1e4."""
+
+__all__ = ["MAX_RANK", "Adapter", "AdapterModule", "ExpertParameter", "read_adapter"]
 
 
-@dataclass(frozen=True, eq=False)
-class AdapterModule:
-    """How an adapter acts on one module: y += scaling · (B A x + bias).
-
-    Attributes:
-        lora_A: (R, in), in the type of the file.
-        lora_B: (out, R).
-        scaling: alpha / R, or alpha / sqrt(R) with rsLoRA, by the patterns that hold here.
-        update_norm: Frobenius norm of scaling · B A.
-        bias: (out,), with `lora_bias`.
-        magnitude: (out,), with DoRA (arXiv 2402.09353, eq. 5): with c the magnitude over the norms
-            of the rows of W + scaling · B A, y += (c - 1) ∘ W x + c ∘ scaling · B A x.
-    """
-
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-    update_norm: float
-    bias: Tensor | None = None
-    magnitude: Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        """R."""
-        return self.lora_A.shape[0]
-
-
-@dataclass(frozen=True, eq=False)
-class Adapter:
-    """One adapter as it was read.
-
-    Attributes:
-        source: the directory.
-        modules: by the module's name in the base, in the order of the file.
-        base: the base as the trainer called it; None if it was not said.
-        revision: the base's revision; None if it was not said.
-        fan_in_fan_out: the adapted weights of the base are (in, out); for merging only.
-        sha256: of the file with the tensors.
-        notes: what was set aside, and where configuration and tensors differ.
-        invocation_tokens: token ids of an activated LoRA (arXiv 2504.12397): the adapter acts from
-            the start of the last place where they follow each other, and nowhere without one. None:
-            it acts everywhere.
-    """
-
-    source: Path
-    modules: Mapping[str, AdapterModule]
-    base: str | None
-    revision: str | None
-    fan_in_fan_out: bool
-    sha256: str
-    notes: tuple[str, ...]
-    invocation_tokens: tuple[int, ...] | None = None
-
-
-def read_adapter(directory: Path, *, max_rank: int = MAX_RANK) -> Adapter:
+def read_adapter(
+    directory: Path,
+    *,
+    max_rank: int = MAX_RANK,
+    allow_pickle: bool = False,
+    initial: Path | None = None,
+    base_weight: Callable[[str], Tensor] | None = None,
+) -> Adapter:
     """The LoRA of a directory of package peft. The tensors stay in the file until used, which
     must not be changed meanwhile; writing to them leaves it as it is.
+
+    Args:
+        directory: with `adapter_config.json` and `adapter_model.safetensors`.
+        max_rank: the largest rank to accept.
+        allow_pickle: read `adapter_model.bin` where there is nothing else: of files that you trust.
+        initial: for an adapter whose start took a part out of the base (PiSSA, OLoRA, CorDA,
+            LoRA-GA): the directory with the factors as they were before training. The expert is
+            then the update of the untouched base, of twice the rank.
+        base_weight: for the same, the base's untouched weight (out, in) of a module, from which
+            the factors of PiSSA and OLoRA follow.
 
     Raises:
         CheckpointError: files that are missing, links, damaged, or hold something else than LoRA
@@ -99,123 +59,89 @@ def read_adapter(directory: Path, *, max_rank: int = MAX_RANK) -> Adapter:
         ConfigError: settings that cannot be, or that are not supported.
     """
     try:
-        return _read(directory, max_rank)
+        found, config = _read(directory, max_rank, allow_pickle)
+        if config.init_lora_weights is None:
+            return found
+        before = None if initial is None else _read(initial, max_rank, allow_pickle)[0]
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{directory} cannot be read: {error}.") from None
+    return without_start(
+        found,
+        config.init_lora_weights,
+        where=str(directory / CONFIG),
+        initial=before,
+        base_weight=base_weight,
+    )
 
 
-def _read(directory: Path, max_rank: int) -> Adapter:
-    path = _tensors_file(directory)
-    config, notes = read_config(_contained(directory, CONFIG))
-    header = _header(path)
-    parts = part_names(path, header)
-    check_parts(path, parts, lora_bias=config.lora_bias, use_dora=config.use_dora)
+@dataclass(frozen=True)
+class _Plan:
+    """What the files say, checked, before values are read."""
+
+    stored: Stored
+    modules: dict[str, PartNames]
+    parameters: dict[str, PartNames]
+    scalings: dict[str, float]
+    ranks: dict[str, int]
+
+
+def _read(directory: Path, max_rank: int, allow_pickle: bool) -> tuple[Adapter, AdapterConfig]:
+    stored = open_tensors(directory, allow_pickle=allow_pickle)
+    config, notes = read_config(inside(directory, CONFIG))
     where = str(directory / CONFIG)
-    resolved = ranks_and_scalings(config, list(parts), where=where)
-    ranks = {module: rank for module, (rank, _) in resolved.items()}
-    check_shapes(path, header, parts, ranks, max_rank=max_rank)
-    notes += target_differences(config, list(parts), where=where)
-    ambiguous = ambiguous_alphas(config, list(parts), where=where)
+    plan = _planned(stored, config, where, max_rank)
+    notes += target_differences(config, list(plan.modules), where=where)
+    ambiguous = ambiguous_alphas(config, list(plan.scalings), where=where)
     if ambiguous:
         notes.append(
             f"the order in alpha_pattern decides at {examples(ambiguous)}; peft sorts it when it "
             "saves, so that the adapter may have been trained with another alpha"
         )
-    digest = sha256(path)
-    tensors = map_tensors(path, header)
-    modules = {
-        module: _module(path, module, names, tensors, resolved[module][1])
-        for module, names in parts.items()
-    }
-    silent = [name for name, module in modules.items() if module.update_norm == 0]
-    if silent:
-        notes.append(f"the update is zero at {examples(silent)}")
-    if (directory / UNSAFE).exists():
+    if (directory / UNSAFE).exists() and (directory / TENSORS).exists():
         notes.append(f"{UNSAFE} was not read")
-    return Adapter(
+    adapter = Adapter(
         source=directory,
-        modules=MappingProxyType(modules),
+        modules={},
         base=config.base_model_name_or_path,
         revision=config.revision,
         fan_in_fan_out=config.fan_in_fan_out,
-        sha256=digest,
+        sha256=sha256(stored.path),
         notes=tuple(notes),
         invocation_tokens=tuple(config.alora_invocation_tokens or ()) or None,
     )
+    return _with_values(adapter, plan), config
 
 
-def _tensors_file(directory: Path) -> Path:
-    if (directory / UNSAFE).exists() and not (directory / TENSORS).exists():
-        raise CheckpointError(
-            f"{directory} has {UNSAFE}, and reading such a file can run code that it holds. "
-            "Load it with package peft where you trust it and save it again, which writes "
-            f"{TENSORS}."
-        )
-    return _contained(directory, TENSORS)
+def _planned(stored: Stored, config: AdapterConfig, where: str, max_rank: int) -> _Plan:
+    path, infos = stored.path, stored.infos
+    names = part_names(path, infos)
+    modules, parameters = split_parameters(path, config, names)
+    check_parts(path, modules, lora_bias=config.lora_bias, use_dora=config.use_dora)
+    resolved = ranks_and_scalings(config, [*modules, *parameters], where=where)
+    ranks = {name: rank for name, (rank, _) in resolved.items()}
+    check_shapes(path, infos, modules, ranks, max_rank=max_rank)
+    check_stacked_shapes(path, infos, parameters, ranks, max_rank=max_rank)
+    scalings = {name: scaling for name, (_, scaling) in resolved.items()}
+    return _Plan(stored, modules, parameters, scalings, ranks)
 
 
-def _contained(directory: Path, name: str) -> Path:
-    if (directory / name).is_symlink():
-        raise CheckpointError(
-            f"{directory / name} is a link, as in the hub's cache, and could lead anywhere. Copy "
-            "the directory with the files themselves, e.g. with `cp -rL`, and give the copy."
-        )
-    return contained(directory, name, what="a PEFT adapter", parts=f"{CONFIG} and {TENSORS}")
-
-
-def _header(path: Path) -> dict[str, TensorInfo]:
-    with path.open("rb") as file:
-        claimed = int.from_bytes(file.read(8), "little")
-    if claimed > MAX_HEADER:
-        raise CheckpointError(
-            f"{path} claims a header of {claimed} bytes, and at most {MAX_HEADER} are read. It is "
-            "truncated or damaged, or no adapter."
-        )
-    return read_header(path)
-
-
-def _module(
-    path: Path, module: str, names: PartNames, tensors: Mapping[str, Tensor], scaling: float
-) -> AdapterModule:
-    """Raises CheckpointError for values that are not finite or out of every measure."""
-    lora_A, lora_B = tensors[names.lora_A], tensors[names.lora_B]
-    norm = _update_norm(lora_A, lora_B, scaling)
-    if not math.isfinite(norm):
-        finite = bool(torch.isfinite(lora_A).all())
-        raise CheckpointError(
-            f"{path}: {'lora_B' if finite else 'lora_A'} of {module} holds NaN or infinity. Take "
-            "an undamaged copy."
-        )
-    _check_norm(path, f"the update of {module}", norm)
-    for setting, name in names.vectors:
-        vector_norm = float(tensors[name].double().norm())
-        if not math.isfinite(vector_norm):
-            raise CheckpointError(
-                f"{path}: {name!a} holds NaN or infinity. Take an undamaged copy."
-            )
-        vector_norm *= abs(scaling) if setting == "lora_bias" else 1
-        _check_norm(path, ascii(name), vector_norm)
-    bias = None if names.bias is None else tensors[names.bias]
-    magnitude = None if names.magnitude is None else tensors[names.magnitude]
-    return AdapterModule(lora_A, lora_B, scaling, norm, bias, magnitude)
-
-
-def _check_norm(path: Path, what: str, norm: float) -> None:
-    if not norm <= MAX_NORM:
-        raise CheckpointError(
-            f"{path}: {what} has the norm {norm:.3g}, at most {MAX_NORM:g} can be meant: no weight "
-            "is as large, and routers that go by norms would follow it alone. Take an undamaged "
-            "copy."
-        )
-
-
-def _update_norm(lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
-    """‖scaling · B A‖ from the R × R products: ‖B A‖² = Σ (AAᵀ) ∘ (BᵀB).
-
-    Every value is squared in the products, and no square of a finite one overflows in float64: the
-    norm is finite exactly if the factors are.
-    """
-    a_RD, b_FR = lora_A.double(), lora_B.double()
-    squared = ((a_RD @ a_RD.T) * (b_FR.T @ b_FR)).sum()
-    # below 0 by rounding only; NaN stays
-    return abs(scaling) * math.sqrt(float(squared.clamp_min(0)))
+def _with_values(adapter: Adapter, plan: _Plan) -> Adapter:
+    """The adapter with its tensors, whose values are checked."""
+    path, tensors = plan.stored.path, plan.stored.tensors()
+    modules = {
+        name: checked_module(path, name, parts, tensors, plan.scalings[name])
+        for name, parts in plan.modules.items()
+    }
+    parameters = {
+        name: checked_parameter(path, name, parts, tensors, plan.scalings[name], plan.ranks[name])
+        for name, parts in plan.parameters.items()
+    }
+    norms = {name: part.update_norm for name, part in (modules | parameters).items()}
+    silent = [name for name, norm in norms.items() if norm == 0]
+    notes = [f"the update is zero at {examples(silent)}"] if silent else []
+    return replace(
+        adapter,
+        modules=MappingProxyType(modules),
+        parameters=MappingProxyType(parameters),
+        notes=(*adapter.notes, *notes),
+    )

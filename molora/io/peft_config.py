@@ -6,6 +6,7 @@ Semantics are those of peft 0.21.2. Nothing is imported because this file names 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -20,13 +21,11 @@ from molora.io.sealed import parse_json, printable, read_text
 MAX_CONFIG = 2**22
 """Bytes of the largest adapter_config.json that is read."""
 
-LATER = "This version of molora reads plain LoRA factors only"
 REFUSED: dict[str, str] = {
     "modules_to_save": "whole modules were replaced, which no mixture can weigh. Train an adapter "
     "without them",
     "trainable_token_indices": "rows of the embedding were replaced, which no mixture can weigh. "
     "Train an adapter without them",
-    "target_parameters": f"parameters without a module of their own are adapted. {LATER}",
     "layer_replication": "the base was rebuilt with repeated layers. Save the expanded base and "
     "train an adapter on it",
     "megatron_config": "the factors are those of sharded layers. Convert the adapter to plain LoRA",
@@ -43,11 +42,13 @@ WITHOUT_EFFECT = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode"),
     *("lora_dropout", "megatron_core", "runtime_config", "merge_weights", "qalora_group_size"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
-    *("monteclora_config", "bias", "init_lora_weights"),
+    *("monteclora_config", "bias"),
 }
 """Settings of training and loading, and those that are checked apart."""
 HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 """Ways to start that leave the base's weight as it is."""
+CONVERTIBLE = re.compile(r"pissa(_niter_\d{1,4})?|olora|corda|lora_ga")
+"""Ways to start that take a product of factors out of it, which can be put back."""
 
 Alpha = Annotated[StrictInt | StrictFloat, Field(ge=-1e9, le=1e9)]
 Rank = Annotated[StrictInt, Field(ge=1, le=2**31)]
@@ -76,6 +77,10 @@ class AdapterConfig(Frozen):
     """The adapter acts from the last place where these tokens follow each other."""
     fan_in_fan_out: StrictBool = False
     """The base's weight is (in, out); the factors are as ever."""
+    init_lora_weights: str | None = None
+    """How it started, if that took a part out of the base's weight."""
+    target_parameters: list[str] | None = None
+    """Parameters without a module of their own, by names or ends of names."""
     target_modules: Names = None
     """A regex, "all-linear", or names or ends of names."""
     exclude_modules: Names = None
@@ -101,10 +106,11 @@ class AdapterConfig(Frozen):
 
     @model_validator(mode="after")
     def _one_variant(self) -> Self:
-        if self.use_dora and (self.lora_bias or self.alora_invocation_tokens):
-            other = "lora_bias" if self.lora_bias else "alora_invocation_tokens"
+        settings = ("use_dora", "lora_bias", "alora_invocation_tokens", "target_parameters")
+        given = [name for name in settings if getattr(self, name)]
+        if len(given) > 1 and given != ["lora_bias", "alora_invocation_tokens"]:
             raise ValueError(
-                f"use_dora and {other} are both set, which package peft cannot have trained. "
+                f"{' and '.join(given)} are set, which package peft cannot have trained together. "
                 "Take an undamaged copy"
             )
         return self
@@ -143,10 +149,13 @@ def parse_config(data: Mapping[str, Any], *, where: str) -> tuple[AdapterConfig,
         reason = 'the base\'s biases were trained. Train an adapter with bias="none"'
         _refuse(where, "bias", data["bias"], reason)
     start = data.get("init_lora_weights")
-    if start is not None and str(start).lower() not in HARMLESS_INITS:
+    harmless = start is None or str(start).lower() in HARMLESS_INITS
+    if not harmless and not (isinstance(start, str) and CONVERTIBLE.fullmatch(start.lower())):
         _refuse(where, "init_lora_weights", start, _CHANGED_BASE)
-    notes, known = [], {}
+    notes, known = [], {} if harmless else {"init_lora_weights": str(start).lower()}
     for key, value in data.items():
+        if key == "init_lora_weights":
+            continue
         if key in AdapterConfig.model_fields:
             known[key] = value
         elif key not in WITHOUT_EFFECT and key not in REFUSED:
@@ -164,9 +173,9 @@ _UNKNOWN = (
     "Save the adapter with peft 0.21.2 or older, or upgrade molora"
 )
 _CHANGED_BASE = (
-    "such a start takes a part out of the base's weight, so that the factors are no update of the "
-    "base that other experts share. Save the adapter with peft's "
-    "save_pretrained(path_initial_model_for_weight_conversion=…), which writes plain LoRA"
+    "such a start changes the base's weight (LoftQ: by what quantising loses, which no factors "
+    "hold), so that the factors are no update of the base that other experts share. Train an "
+    "adapter that starts in another way, or merge it into its own base"
 )
 
 

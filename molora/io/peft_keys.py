@@ -39,13 +39,14 @@ MAX_TENSORS = 200_000
 """Tensors in one adapter."""
 TYPES = ("float32", "float16", "bfloat16")
 """Types of factors."""
-LATER = "This version of molora reads plain LoRA factors only."
+LATER = "Experts are updates of linear layers; train an adapter without it."
 UNSUPPORTED: tuple[tuple[str, str], ...] = (
     (r"\.lora_embedding_[AB]\b", f"a factor of an embedding. {LATER}"),
     (r"\.lora_A(\..+)?\.bias$", "a bias within a factor, which no version of peft writes."),
     (r"\.lora_diag\b", f"KaSA's diagonal. {LATER}"),
     (r"token_adapter|trainable_tokens", "rows that replace an embedding's. Train without them."),
-    (r"\bbase_layer\..*lora_", f"a factor of a parameter within a module. {LATER}"),
+    (r"\bbase_layer\..*lora_", "a factor of a part of an attention that torch fuses. Convert it to "
+     "an adapter of plain linear layers."),
     (r"internal_xlora_classifier", "X-LoRA's router. Name the directories of its adapters."),
     (r"\.bias$", 'a trained bias of the base. Train an adapter with bias="none".'),
     (r"", "a copy of the base's own tensor (modules_to_save, or an embedding of another size), "
@@ -116,7 +117,10 @@ def _split(path: Path, name: str) -> tuple[str, str, tuple[str | None, bool]]:
     bare = bare.removeprefix(PREFIX)
     found = FACTOR.fullmatch(bare)
     part = PARTS.get((found["part"], found["kind"])) if found else None
-    if found is None or part is None or "base_layer" in found["module"].split("."):
+    module = found["module"] if found else ""
+    while module.endswith(".base_layer"):  # a parameter within a module that has another
+        module = module.removesuffix(".base_layer")
+    if found is None or part is None or "base_layer" in module.split("."):
         what = next(what for pattern, what in UNSUPPORTED if re.search(pattern, bare))
         raise CheckpointError(f"{path}: {name!a} is {what}")
     if not MODULE.fullmatch(found["module"]):
@@ -172,7 +176,7 @@ def check_shapes(
             info = header[name]
             if info.dtype not in TYPES or len(info.shape) != 2 or 0 in info.shape:
                 raise CheckpointError(
-                    f"{path}: {name!a} is {_shown(info)}; factors are matrices of "
+                    f"{path}: {name!a} is {shown(info)}; factors are matrices of "
                     f"{', '.join(TYPES)}, none of size 0. Convolutions and quantised factors are "
                     "not read; convert the adapter."
                 )
@@ -195,13 +199,14 @@ def check_shapes(
         for _, name in names.vectors:
             if header[name].dtype not in TYPES or header[name].shape != b.shape[:1]:
                 raise CheckpointError(
-                    f"{path}: {name!a} is {_shown(header[name])}; it has one of "
+                    f"{path}: {name!a} is {shown(header[name])}; it has one of "
                     f"{', '.join(TYPES)} for each of the {b.shape[0]} rows of lora_B. The file is "
                     "damaged."
                 )
 
 
-def _shown(info: TensorInfo) -> str:
+def shown(info: TensorInfo) -> str:
+    """A type and shape, for messages."""
     return str(info)[:100]
 
 

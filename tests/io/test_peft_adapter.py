@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from molora.errors import CheckpointError, ConfigError, MoLoRAError
-from molora.io import peft_adapter, peft_keys
+from molora.io import peft_files, peft_keys
 from molora.io.peft_adapter import read_adapter
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -96,8 +96,12 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
         "replace an embedding's",
     ),
     "MoE": (
-        lambda t: t.update({"base_model.model.mlp.experts.base_layer.lora_A.weight": t[A]}),
-        "parameter within a module",
+        _renamed(lambda name: name.replace("v_proj", "q_proj.base_layer")),
+        "has factors of 2 parameters of .*q_proj, and target_parameters name \\[\\]",
+    ),
+    "attention": (
+        lambda t: t.update({f"{Q0}.base_layer.out_proj.lora_A.weight": t[A]}),
+        "attention that torch fuses",
     ),
     "X-LoRA": (
         lambda t: t.update({"internal_xlora_classifier.0.weight": torch.ones(2, 2)}),
@@ -207,7 +211,7 @@ def test_a_rank_above_the_cap_is_refused_before_values_are_read(
 ) -> None:
     save_adapter(tmp_path, r=9)
     assert next(iter(read_adapter(tmp_path, max_rank=9).modules.values())).rank == 9
-    monkeypatch.setattr(peft_adapter, "map_tensors", None)
+    monkeypatch.setattr(peft_files, "map_tensors", None)
     with pytest.raises(CheckpointError, match="has rank 9, at most 8 are loaded"):
         read_adapter(tmp_path, max_rank=8)
 
@@ -228,9 +232,9 @@ def test_a_header_that_claims_too_much_is_refused(adapter: Path) -> None:
 
 def test_the_size_of_the_header_is_bounded(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (size,) = struct.unpack("<Q", (adapter / TENSORS).read_bytes()[:8])
-    monkeypatch.setattr(peft_adapter, "MAX_HEADER", size)
+    monkeypatch.setattr(peft_files, "MAX_HEADER", size)
     assert read_adapter(adapter).modules
-    monkeypatch.setattr(peft_adapter, "MAX_HEADER", size - 1)
+    monkeypatch.setattr(peft_files, "MAX_HEADER", size - 1)
     with pytest.raises(CheckpointError, match="claims a header of"):
         read_adapter(adapter)
 

@@ -108,7 +108,6 @@ def test_patterns_that_are_none_are_refused(patterns: list[str]) -> None:
         ("peft_type", "XLORA"),
         ("modules_to_save", ["lm_head"]),
         ("trainable_token_indices", {"embed_tokens": [1]}),
-        ("target_parameters", ["mlp.experts.down_proj"]),
         ("layer_replication", [[0, 2], [1, 2]]),
         ("megatron_config", {"a": 1}),
         ("use_qalora", True),
@@ -119,12 +118,9 @@ def test_patterns_that_are_none_are_refused(patterns: list[str]) -> None:
         ("enable_lora", [True, False]),
         ("bias", "all"),
         ("bias", "lora_only"),
-        ("init_lora_weights", "pissa"),
-        ("init_lora_weights", "pissa_niter_4"),
-        ("init_lora_weights", "olora"),
-        ("init_lora_weights", "corda"),
         ("init_lora_weights", "loftq"),
-        ("init_lora_weights", "lora_ga"),
+        ("init_lora_weights", "pissa_niter_"),
+        ("init_lora_weights", "newer"),
         ("init_lora_weights", ["new"]),
         ("use_something_new", True),
         ("something_new_config", {"a": 1}),
@@ -189,11 +185,27 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any]) -> None:
         _config(**settings)
 
 
-@pytest.mark.parametrize("other", [{"lora_bias": True}, {"alora_invocation_tokens": [3]}])
-def test_variants_that_exclude_each_other_are_refused(other: dict[str, Any]) -> None:
-    assert _config(use_dora=True)[0].use_dora
-    with pytest.raises(ConfigError, match=f"use_dora and {next(iter(other))} are both set"):
-        _config(use_dora=True, **other)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True, "lora_bias": True},
+        {"use_dora": True, "alora_invocation_tokens": [3]},
+        {"use_dora": True, "target_parameters": ["w"]},
+        {"lora_bias": True, "target_parameters": ["w"]},
+        {"alora_invocation_tokens": [3], "target_parameters": ["w"]},
+    ],
+)
+def test_variants_that_exclude_each_other_are_refused(settings: dict[str, Any]) -> None:
+    for key, value in settings.items():
+        assert getattr(_config(**{key: value})[0], key) == value
+    with pytest.raises(ConfigError, match=f"{' and '.join(settings)} are set, which package peft"):
+        _config(**settings)
+    assert _config(lora_bias=True, alora_invocation_tokens=[3])[0].lora_bias
+
+
+@pytest.mark.parametrize("start", ["pissa", "PiSSA", "pissa_niter_16", "olora", "corda", "lora_ga"])
+def test_starts_that_took_a_part_out_of_the_base_are_recognised(start: str) -> None:
+    assert _config(init_lora_weights=start)[0].init_lora_weights == start.lower()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "3", '"x"', "[" * 100_000, "\ud800", "9" * 5000])
