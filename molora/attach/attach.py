@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from molora.attach.banks import DTYPES, BankMaker, Brought
+from molora.attach.banks import DTYPES, BankMaker, Brought, check_fit
 from molora.attach.build import Builder, Surgery
 from molora.attach.extras import Extras
 from molora.attach.hooks import ForwardHooks
@@ -42,6 +42,7 @@ def attach_with(model: nn.Module, config: MixtureConfig, *, seed: int, brought: 
     """As `attach`, with the factors that imported experts bring; without them they are 0."""
     check_attachable(model)
     plan = make_plan(model, config)
+    check_fit(plan.placements, brought)
     context, surgery = ForwardContext(), Surgery()
     was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     builder = Builder(

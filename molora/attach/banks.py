@@ -12,6 +12,7 @@ from torch import Tensor
 from molora.attach.initial import initial
 from molora.attach.plan import Placement
 from molora.config import Imported, ImportedExpert, LoRA, SharedA
+from molora.errors import AttachError
 from molora.experts import Block, ExpertBank, init
 from molora.kernels.backend import Kernels
 
@@ -33,6 +34,24 @@ class Factors(Protocol):
 
 Brought = Mapping[str, Mapping[str, Factors]]
 """Expert → linear → factors. What is not in it starts anew, or at 0 if it is to be loaded."""
+
+
+def check_fit(placements: Sequence[Placement], brought: Brought) -> None:
+    """Raise AttachError if what an expert brings has not the shapes that its linear needs."""
+    for placement in placements:
+        width, height = placement.in_features, placement.out_features
+        for name, modules in brought.items():
+            factors = modules.get(placement.path)
+            if factors is None:
+                continue
+            size = factors.lora_A.shape[-1], factors.lora_B.shape[0]
+            if size != (width, height):
+                raise AttachError(
+                    f"expert {name} maps {size[0]} to {size[1]} features at {placement.path}, "
+                    f"which maps {width} to {height} here: lora_A is "
+                    f"{tuple(factors.lora_A.shape)}, lora_B {tuple(factors.lora_B.shape)}. It was "
+                    "trained on another base."
+                )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -122,7 +123,8 @@ def composed_config(
 
 def _described(name: str, adapter: Adapter, trained: bool) -> dict[str, Any]:
     modules = adapter.modules.values()
-    dtypes = {m.lora_A.dtype for m in modules} | {m.lora_B.dtype for m in modules}
+    parts = [part for m in modules for part in (m.lora_A, m.lora_B, m.bias, m.magnitude)]
+    dtypes = {part.dtype for part in parts if part is not None}
     # the only type that holds every value of two different ones
     dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32"
     has_magnitude = any(m.magnitude is not None for m in modules)
@@ -131,6 +133,11 @@ def _described(name: str, adapter: Adapter, trained: bool) -> dict[str, Any]:
         raise ConfigError(
             f"{name} acts only after the tokens {list(adapter.invocation_tokens)} (aLoRA), which "
             "a mixture cannot do yet. Leave it out."
+        )
+    if adapter.parameters:
+        raise ConfigError(
+            f"{name} adapts stacked weights of a base that is itself a mixture of experts "
+            f"({next(iter(adapter.parameters))}), which a mixture cannot do yet. Leave it out."
         )
     if trained and (has_magnitude or has_bias):
         raise ConfigError(
@@ -161,10 +168,10 @@ def _new_expert(name: str, experts: FrozenExperts, settings: Mapping[str, float]
         if key not in NEW:
             raise ConfigError(f"new.{name}: {unknown_name('setting', key, NEW)}")
     rank, alpha = ({**NEW, **settings}[key] for key in ("rank", "alpha"))
-    if rank != int(rank) or rank < 1 or not alpha > 0:
+    if rank != int(rank) or rank < 1 or not 0 < alpha < math.inf:
         raise ConfigError(
             f"new.{name}: rank={rank}, alpha={alpha}; a rank is an integer from 1 on, alpha "
-            "positive."
+            "positive and finite."
         )
     modules = {path: (int(rank), alpha / rank) for path in experts.modules}
     return {"name": name, "modules": modules, "trainable": True}

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from molora.attach import Mixture
 from molora.compose.lowrank import low_rank_svd, prototype, spectral_factor
-from molora.config import Group, LinearRouter, Projection, Prototype, UpdateNorm
+from molora.config import Group, LinearRouter, LinearSite, Projection, Prototype, UpdateNorm
+from molora.config.base import unknown_name
 from molora.errors import ConfigError
 from molora.experts import ExpertBank
 
@@ -35,11 +36,11 @@ def fill_routers(
         ConfigError: vectors where the router takes none, needs them, or that do not fit.
     """
     for placement in mixture.plan.placements:
+        bank, group = mixture.built.banks[placement.path], placement.group
+        _check_vectors(group, names, vectors)
         site = mixture.built.sites.get(placement.path)
         if site is None:  # decided elsewhere, for several linears
             continue
-        bank, group = mixture.built.banks[placement.path], placement.group
-        _check_vectors(group, vectors)
         router: Any = site.router
         match group.router:
             case Projection():
@@ -60,7 +61,7 @@ def fill_routers(
                 )
 
 
-def _check_vectors(group: Group, vectors: Vectors | str | None) -> None:
+def _check_vectors(group: Group, names: Sequence[str], vectors: Vectors | str | None) -> None:
     kind = group.router
     if isinstance(vectors, str) and vectors != "arrow":
         raise ConfigError(f"router.vectors={vectors!r}: give vectors by expert and linear.")
@@ -70,6 +71,14 @@ def _check_vectors(group: Group, vectors: Vectors | str | None) -> None:
             f"router.vectors: a router of kind {kind.kind!r} takes none; its own come from the "
             "experts' factors."
         )
+    if vectors is not None and isinstance(group.site, LinearSite) and group.site.scope != "linear":
+        raise ConfigError(
+            f"router.vectors: they are as wide as the input of each linear, but "
+            f"scope={group.site.scope!r} has one router for several. Use scope='linear'."
+        )
+    for name in vectors if isinstance(vectors, Mapping) else ():
+        if name not in names:
+            raise ConfigError(f"router.vectors: {unknown_name('expert', str(name), list(names))}")
     if isinstance(kind, Prototype) and not isinstance(vectors, Mapping):
         raise ConfigError(
             "this router needs `vectors`: expert → linear → (in,) vector, trained or collected on "

@@ -117,10 +117,11 @@ class ExpertBank(nn.Module):
 
         Args:
             x: (..., in).
-            slots: experts that a row chooses; None: all.
+            slots: experts that a row chooses, of which some may be elsewhere; None: all.
         """
         if isinstance(self.backend, Backend):
             return self.backend
+        slots = None if slots is None or slots >= self.size else slots
         return self.backend.choose(
             op,
             rows=x.shape[:-1].numel(),

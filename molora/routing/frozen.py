@@ -53,6 +53,9 @@ class UpdateNormRouter(nn.Module):
                 norms_TE = z_TP.unflatten(1, (-1, self.rank)).norm(dim=-1)
                 return norms_TE / self.temperature
             near_TE = (x_TD @ self.weight.to(x_TD.dtype).T).abs()
+            present_E = getattr(self, "present", None)
+            if present_E is not None:  # ties, as for an input of 0, must not leave a row nobody
+                near_TE = near_TE.masked_fill(~present_E, -1.0)
             index_TK = near_TE.topk(min(self.preselect, self.num_experts), dim=-1).indices
             norms_TK = self._norms_of(x_TD, index_TK) / self.temperature
             return torch.full_like(near_TE, -torch.inf).scatter(1, index_TK, norms_TK)
