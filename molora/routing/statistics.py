@@ -38,7 +38,9 @@ def entropy(record: Routing) -> Tensor:
 
 
 def probabilities(scores: Tensor) -> Tensor:
-    """Scores (..., E) of any score function divided by their sum."""
+    """Sizes of scores (..., E) of any score function divided by their sum; fixed weights may be
+    negative."""
+    scores = scores.abs()
     return scores / scores.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
