@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -9,6 +10,13 @@ import torch
 from torch import Tensor
 
 from molora.compose.lowrank import canonical_signs, low_rank_svd
+from molora.io.peft_adapter import AdapterModule
+
+
+def computing_type(modules: Sequence[AdapterModule]) -> torch.dtype:
+    """The widest type of the factors, float32 at least."""
+    types = [factor.dtype for module in modules for factor in (module.lora_A, module.lora_B)]
+    return functools.reduce(torch.promote_types, types, torch.float32)
 
 
 def concatenated(

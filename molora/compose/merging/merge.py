@@ -12,6 +12,7 @@ from typing import Literal
 from molora.compose.experts import FrozenExperts
 from molora.compose.merging.elementwise import MajoritySign
 from molora.compose.merging.factors import update_norm
+from molora.compose.merging.kinds import check_fixed_update
 from molora.compose.merging.methods import (
     METHODS,
     TAKES_DENSITY,
@@ -92,7 +93,8 @@ def merge(
     """
     numbers = _weights(experts, weights)
     _check_options(method, rank, density, majority_sign, seed, missing)
-    _check_kinds(experts, numbers)
+    for name in numbers:
+        check_fixed_update(name, experts.adapters[name])
     if rank is None:
         rank = max(m.rank for name in numbers for m in experts.adapters[name].modules.values())
     combined: dict[str, Combined] = {}
@@ -199,22 +201,6 @@ def _check_options(
         raise ConfigError(f"missing={missing!r} is none of 'zero', 'renorm', 'error'.")
     if majority_sign not in (None, "total", "frequency"):
         raise ConfigError(f"majority_sign={majority_sign!r} is neither 'total' nor 'frequency'.")
-
-
-def _check_kinds(experts: FrozenExperts, weights: Mapping[str, float]) -> None:
-    """Raises ConfigError for experts that are no fixed sum of factors."""
-    for name in weights:
-        adapter = experts.adapters[name]
-        if adapter.invocation_tokens is not None:
-            raise ConfigError(
-                f"{name} is an activated LoRA, which acts only after its invocation tokens; no "
-                "fixed update does. Leave it out, or route to it."
-            )
-        if any(module.magnitude is not None for module in adapter.modules.values()):
-            raise ConfigError(
-                f"{name} uses DoRA, which scales the rows of the base's weight; no sum of factors "
-                "does. Leave it out, or merge it into the base first."
-            )
 
 
 def _correction(

@@ -17,6 +17,7 @@ from molora.compose.merging.elementwise import (
     weighted_sum,
 )
 from molora.compose.merging.factors import (
+    computing_type,
     concatenated,
     factored,
     relative_residual,
@@ -90,10 +91,7 @@ def combine(
     Raises:
         ConfigError: different ranks where values of factors are combined.
     """
-    dtype = torch.float32
-    for module in modules:
-        dtype = torch.promote_types(dtype, module.lora_A.dtype)
-        dtype = torch.promote_types(dtype, module.lora_B.dtype)
+    dtype = computing_type(modules)
     lora_A = [module.lora_A.to(dtype) for module in modules]
     lora_B = [module.lora_B.to(dtype) for module in modules]
     scalings = [module.scaling for module in modules]
