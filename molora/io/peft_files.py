@@ -106,7 +106,6 @@ def _blob(link: Path) -> Path | None:
         return None
     for above in place.parents:
         if above.name == "snapshots":
-            blobs = above.parent / "blobs"
-            mine = blobs.is_dir() and not blobs.is_symlink() and target.parent == blobs
+            mine = target.parent == above.parent / "blobs"
             return target if mine and target.is_file() else None
     return None

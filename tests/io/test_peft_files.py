@@ -60,9 +60,9 @@ def _sparse(path: Path) -> None:
     torch.save({"a": torch.eye(3).to_sparse()}, path)
 
 
-def _zip_bomb(path: Path) -> None:
+def _compressed(path: Path, tensor: Tensor) -> None:
     plain = path.with_suffix(".plain")
-    torch.save({"a": torch.zeros(10**6)}, plain)
+    torch.save({"a": tensor}, plain)
     with zipfile.ZipFile(plain) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
         for part in old.infolist():
             new.writestr(part.filename, old.read(part))
@@ -82,7 +82,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         "share memory",
     ),
     "complex": (lambda p: torch.save({"a": torch.ones(3, dtype=torch.cfloat)}, p), "complex64"),
-    "compressed": (_zip_bomb, "compressed or overlong"),
+    "a bomb": (lambda p: _compressed(p, torch.zeros(10**6)), "compressed or overlong"),
+    "compressed noise": (
+        lambda p: _compressed(p, torch.randint(256, (10**5,), dtype=torch.uint8)),
+        "compressed or overlong",
+    ),
     "old": (
         lambda p: torch.save({"a": torch.ones(3)}, p, _use_new_zipfile_serialization=False),
         "no file as torch writes it since",
