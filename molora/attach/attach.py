@@ -11,8 +11,8 @@ from molora.attach.hooks import ForwardHooks
 from molora.attach.losses import required_columns, weighted_terms
 from molora.attach.mixture import Mixture
 from molora.attach.plan import Plan, make_plan
-from molora.config import Capacity, LinearSite, MixtureConfig
-from molora.errors import AttachError
+from molora.config import Capacity, Group, Imported, LinearSite, MixtureConfig
+from molora.errors import AttachError, ConfigError
 from molora.experts import ExpertBank
 from molora.kernels import backend
 from molora.modules import ForwardContext
@@ -71,6 +71,8 @@ def attach_with(model: nn.Module, config: MixtureConfig, *, seed: int, brought: 
         streams={name: site.stream for name, site in built.sites.items()},
         required_columns=required_columns(config),
         needs_context=_needs_context(plan),
+        model_scope=built.model_scope,
+        invocations=_invocations(config),
     )
     surgery.handles.append(model.register_forward_pre_hook(hooks.before, with_kwargs=True))
     surgery.handles.append(
@@ -79,8 +81,8 @@ def attach_with(model: nn.Module, config: MixtureConfig, *, seed: int, brought: 
     # new modules start in training mode; a model in evaluation must not get dropout and noise
     for bank in built.banks.values():
         bank.train(model.training)
-    for site in built.sites.values():
-        site.router.train(model.training)
+    for router in built.routers.values():
+        router.train(model.training)
     return Mixture(
         model,
         config,
@@ -124,6 +126,22 @@ def _needs_context(plan: Plan) -> bool:
     routed = [placement.group for placement in plan.placements if placement.routed]
     return any(
         isinstance(group.select, Capacity)
-        or (isinstance(group.site, LinearSite) and group.site.scope == "layer")
+        or (isinstance(group.site, LinearSite) and group.site.scope in ("layer", "model"))
+        or _invocations_of(group)
         for group in routed
     )
+
+
+def _invocations(config: MixtureConfig) -> tuple[tuple[int, ...] | None, ...]:
+    found = [group for group in config.groups if _invocations_of(group)]
+    if len(found) > 1:
+        raise ConfigError("two groups have experts that act after tokens. Make them one group.")
+    return _invocations_of(found[0]) if found else ()
+
+
+def _invocations_of(group: Group) -> tuple[tuple[int, ...] | None, ...]:
+    """For each expert the tokens after which it acts; empty if all act always."""
+    if not isinstance(group.expert, Imported):
+        return ()
+    tokens = tuple(expert.invocation_tokens for expert in group.expert.experts)
+    return tokens if any(t is not None for t in tokens) else ()

@@ -16,17 +16,27 @@ from molora.attach.families import (
     FeedForwardLayout,
     block_in_features,
     feed_forward_layout,
+    hidden_size,
     in_out_features,
     is_cross_attention_memory,
     plain_linear,
 )
+from molora.attach.model_scope import FirstPass, GivenGates
 from molora.attach.plan import Placement
-from molora.attach.routers import make_router, score_function, select_function, slots_of
-from molora.config import Capacity, Imported
+from molora.attach.routers import (
+    keep_present,
+    make_classifier,
+    make_router,
+    score_function,
+    select_function,
+    slots_of,
+)
+from molora.config import Capacity, Given, Group, Imported, XLoRA
 from molora.errors import AttachError
 from molora.experts import ExpertBank
 from molora.modules import (
     ForwardContext,
+    ModelDecision,
     MoLoRAFeedForward,
     MoLoRALinear,
     Projection,
@@ -34,6 +44,11 @@ from molora.modules import (
     SharedDecision,
     SharedProduct,
 )
+from molora.routing.classifier import Standing
+
+MODEL = "model"
+"""Name of the site that decides for all linears."""
+Decision = RoutingSite | SharedDecision | ModelDecision
 
 
 @dataclass
@@ -77,7 +92,7 @@ class _ABSENT:
     """There was no such attribute. A class, because a deep copy of an object is another object."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Built:
     """The parts of a mixture on a model."""
 
@@ -89,6 +104,10 @@ class Built:
     """Site → path of its layer, or the site itself outside of layers."""
     routed_by: dict[str, str]
     """Path of a linear whose bank is routed → the site that decides for it."""
+    routers: dict[str, nn.Module] = field(default_factory=dict)
+    """Path of the router itself → the router."""
+    model_scope: GivenGates | FirstPass | None = None
+    """What decides for the whole model, before its forward."""
 
 
 class Builder:
@@ -154,7 +173,7 @@ class Builder:
 
     def _check_dtypes(self) -> None:
         trained = [p for bank in self.built.banks.values() for _, p in bank.factors()]
-        routers = [site.router for site in self.built.sites.values()]
+        routers = self.built.routers.values()
         trained += [p for router in routers if router.trainable for p in router.parameters()]
         for parameter in trained:
             if parameter.dtype != self.banks.dtype:
@@ -167,7 +186,7 @@ class Builder:
     def _adapt_linear(self, placement: Placement, module: nn.Module, bank: ExpertBank) -> None:
         decision = self._decision(placement, module) if placement.routed else None
         if decision is not None:
-            site = decision.site if isinstance(decision, SharedDecision) else decision
+            site = decision if isinstance(decision, RoutingSite) else decision.site
             self.built.routed_by[placement.path] = site.name
         glue = MoLoRALinear(
             module,
@@ -183,9 +202,11 @@ class Builder:
             self.surgery.set_attribute(module, "in_features", placement.in_features)
             self.surgery.set_attribute(module, "out_features", placement.out_features)
 
-    def _decision(self, placement: Placement, module: nn.Module) -> RoutingSite | SharedDecision:
+    def _decision(self, placement: Placement, module: nn.Module) -> Decision:
         site = placement.group.site
         scope = site.scope if site.kind == "linear" else "linear"
+        if scope == "model":
+            return self._model_decision(placement, module)
         if scope == "linear":
             return self._site(placement.path, module, [placement], placement.in_features)
         if scope == "layer" and placement.layer is None:
@@ -209,6 +230,62 @@ class Builder:
                 "need equal num_experts."
             )
         return shared
+
+    def _model_decision(self, placement: Placement, module: nn.Module) -> ModelDecision:
+        """A linear's share in what is decided before the model's forward."""
+        group = placement.group
+        members = [p for p in self._placements if p.group is group]
+        if self.built.model_scope is None:
+            self.built.model_scope = self._model_scope(group, members)
+        config = group.router
+        if not (isinstance(config, XLoRA) and config.layerwise):
+            return ModelDecision(self.built.sites[MODEL])
+        return ModelDecision(self.built.sites[placement.path])
+
+    def _model_scope(self, group: Group, members: Sequence[Placement]) -> GivenGates | FirstPass:
+        if any(_scope(p) == "model" and p.group is not group for p in self._placements):
+            raise AttachError("two groups decide for the whole model. Make them one group.")
+        config, first = group.router, members[0]
+        if isinstance(config, Given):
+            site = self._standing_site(MODEL, self.model, members)
+            return GivenGates(site, first.num_experts)
+        assert isinstance(config, XLoRA)
+        device = _device(self.model.get_submodule(first.path))
+        classifier = make_classifier(
+            config,
+            in_features=hidden_size(self.model),
+            num_experts=first.num_experts,
+            num_groups=len(members) if config.layerwise else 1,
+            seed=self.banks.seed,
+            dtype=self.banks.dtype,
+            device=device,
+        )
+        self.surgery.add_child(self.model, "router", classifier)
+        self.built.routers["router"] = classifier
+        if config.layerwise:
+            sites = [
+                self._standing_site(p.path, self.model.get_submodule(p.path), [p]) for p in members
+            ]
+        else:
+            keep_present(classifier, _choosable(members), device)
+            sites = [self._site_of(MODEL, classifier, first)]
+        return FirstPass(
+            self.model,
+            classifier,
+            sites,
+            context=self.context,
+            score=config.first_pass_score,
+            num_experts=first.num_experts,
+        )
+
+    def _standing_site(
+        self, name: str, owner: nn.Module, members: Sequence[Placement]
+    ) -> RoutingSite:
+        """A site whose logits come from elsewhere."""
+        router = Standing()
+        keep_present(router, _choosable(members), _device(owner))
+        self.surgery.add_child(owner, "router", router)
+        return self._site_of(name, router, members[0])
 
     def _shared_decision(self, owner: str, placement: Placement) -> SharedDecision:
         module = self.model.get_submodule(owner)
@@ -240,6 +317,10 @@ class Builder:
             device=_device(self.model.get_submodule(placement.path)),
         )
         self.surgery.add_child(owner, "router", router)
+        self.built.routers[f"{name}.router"] = router
+        return self._site_of(name, router, placement)
+
+    def _site_of(self, name: str, router: nn.Module, placement: Placement) -> RoutingSite:
         select = placement.group.select
         site = RoutingSite(
             name,
@@ -250,6 +331,7 @@ class Builder:
             stream=placement.stream,
             context=self.context,
             slots=slots_of(placement),
+            gate_scale=placement.group.gate_scale,
         )
         self.built.sites[name] = site
         self.built.layers[name] = placement.layer.path if placement.layer is not None else name
@@ -316,13 +398,17 @@ def finish(module: nn.Module, layout: FeedForwardLayout, y_TF: Tensor) -> Tensor
     return y_TF if layout.outer_dropout is None else getattr(module, layout.outer_dropout)(y_TF)
 
 
+def _scope(placement: Placement) -> str:
+    site = placement.group.site
+    return site.scope if site.kind == "linear" else "block"
+
+
 def _owner(placement: Placement) -> str:
     """Path of the module that owns the router of a placement."""
-    site = placement.group.site
-    if site.kind == "linear" and site.scope == "layer" and placement.layer is not None:
+    scope = _scope(placement)
+    if scope == "layer" and placement.layer is not None:
         return placement.layer.path
-    shared = site.kind == "ffn" or site.scope == "block"
-    return placement.parent if shared else placement.path
+    return placement.parent if scope == "block" else placement.path
 
 
 def _choosable(members: Sequence[Placement]) -> tuple[bool, ...] | None:

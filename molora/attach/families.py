@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from molora.errors import AttachError
+
 LINEAR_TYPES = (nn.Linear, Conv1D)
 """Modules that can carry experts; quantised linears of bitsandbytes and torchao are subclasses of
 nn.Linear."""
@@ -114,6 +116,23 @@ def plain_linear(module: nn.Module) -> str | None:
     kinds: dict[type[nn.Module], str] = {nn.Linear: "linear", Conv1D: "conv1d"}
     whole = type(module.weight) is nn.Parameter and "forward" not in module.__dict__
     return kinds.get(type(module)) if whole else None
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Features of the final hidden state.
+
+    Raises:
+        AttachError: a model whose configuration does not say it.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = getattr(text, "hidden_size", None) or getattr(text, "n_embd", None)
+    if not isinstance(size, int):
+        raise AttachError(
+            f"{type(model).__name__} has no config.hidden_size, so that the width of its final "
+            "hidden state is unknown. Use a router that reads each linear's input."
+        )
+    return size
 
 
 def block_in_features(block: nn.Module) -> int:

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from molora.attach import checkpointing
+from molora.attach.caches import paired
+from molora.attach.invocation import Invocations, acting_positions
+from molora.attach.model_scope import FirstPass, GivenGates
 from molora.attach.packing import PackedRows
 from molora.attach.side_inputs import ArgumentReader, share
 from molora.errors import AttachError
@@ -52,6 +55,8 @@ class ForwardHooks:
         streams: site → stream whose padding mask its rows follow.
         required_columns: side columns without which training is refused.
         needs_context: whether recomputed layers read masks or shared decisions.
+        model_scope: what decides for the whole model, before its forward.
+        invocations: for each expert the tokens from which on it acts, if any has such.
     """
 
     def __init__(
@@ -64,6 +69,8 @@ class ForwardHooks:
         streams: Mapping[str, str],
         required_columns: Sequence[str],
         needs_context: bool,
+        model_scope: GivenGates | FirstPass | None = None,
+        invocations: Invocations = (),
     ) -> None:
         self.arguments = ArgumentReader(model)
         self.packing = PackedRows(self.arguments, context)
@@ -73,6 +80,8 @@ class ForwardHooks:
         self.streams = streams
         self.required_columns = tuple(required_columns)
         self.needs_context = needs_context
+        self.model_scope = model_scope
+        self.invocations = invocations
         self.observers: list[Observer] = []
         self.columns: dict[str, Tensor] = {}
         self.deferred: DeferredAux | None = None
@@ -81,6 +90,8 @@ class ForwardHooks:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook: masks and columns go to the context, columns do not go to the model."""
+        if self._in_first_pass():
+            return args, kwargs
         kwargs, columns = self.arguments.split_columns(kwargs)
         kwargs, sequences = self.packing.read(model, args, kwargs)
         if not self.context.enabled:
@@ -94,12 +105,47 @@ class ForwardHooks:
         self.context.side = self.arguments.side_inputs(args, kwargs, columns, sequences)
         self.context.trace = {} if self.observers or (training and self.losses) else None
         checkpointing.enter(self.context)
-        return args, kwargs
+        return self._with_decisions(model, args, kwargs, columns)
+
+    def _in_first_pass(self) -> bool:
+        return isinstance(self.model_scope, FirstPass) and self.model_scope.running
+
+    def _with_decisions(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        columns: Mapping[str, Tensor],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Decide what is decided before the forward → its arguments, with another cache at most."""
+        if self.model_scope is None and not self.invocations:
+            return args, kwargs
+        inputs = self.arguments.inputs(args, kwargs)
+        if inputs is None:
+            raise AttachError("the model was called without input_ids or inputs_embeds.")
+        if self.invocations:
+            if inputs.dim() != 2:
+                raise AttachError(
+                    "an expert acts only after certain tokens (aLoRA), so that the model must be "
+                    "called with input_ids, not with inputs_embeds."
+                )
+            cache = self.arguments.get(args, kwargs, "past_key_values")
+            cache = None if cache is None else paired(cache, getattr(model, "config", None))
+            acting_BSE = acting_positions(inputs, self.invocations, cache)
+            self.context.side = replace(self.context.side, acting=acting_BSE)
+        if self.model_scope is None:
+            return args, kwargs
+        grid = (inputs.shape[0], inputs.shape[1])
+        named = self.arguments.by_name(args, kwargs)
+        changes = self.model_scope.decide(named, columns, grid)
+        return self.arguments.replaced(args, kwargs, changes)
 
     def after(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Forward hook, also called after an error: auxiliary losses enter the output's loss."""
+        if self._in_first_pass():
+            return output
         trace, side = self.context.trace, self.context.side
         self.context.trace, self.context.side = None, SideInputs()
         self.context.decisions.clear()

@@ -17,7 +17,7 @@ from molora.attach.hooks import DeferredAux, ForwardHooks, Records
 from molora.attach.partition import check_whole
 from molora.attach.plan import Plan
 from molora.attach.row_scale import set_row_scales
-from molora.attach.side_inputs import SIDE_COLUMNS
+from molora.attach.side_inputs import SIDE_INPUTS
 from molora.config import MixtureConfig
 from molora.config.base import unknown_name
 from molora.config.roles import Role
@@ -95,14 +95,15 @@ class Mixture:
 
     @contextmanager
     def context(self, **columns: Tensor) -> Iterator[None]:
-        """Side inputs for the forwards inside, such as `task_types=` (B,) integers.
+        """Side inputs for the forwards inside, such as `task_types=` (B,) integers, or the gates of
+        a router of kind "given" as `expert_gates=` (B, E) or (B, S, E).
 
         Raises:
             AttachError: a name that no method reads.
         """
         for name in columns:
-            if name not in SIDE_COLUMNS:
-                raise AttachError(unknown_name("side input", name, list(SIDE_COLUMNS)))
+            if name not in SIDE_INPUTS:
+                raise AttachError(unknown_name("side input", name, list(SIDE_INPUTS)))
         previous = self._hooks.columns
         self._hooks.columns = {**previous, **columns}
         try:
@@ -219,8 +220,8 @@ class Mixture:
         """
         for path, bank in self.built.banks.items():
             yield from bank.named_parameters(f"{path}.experts")
-        for name, site in self.built.sites.items():
-            yield from site.router.named_parameters(f"{name}.router")
+        for name, router in self.built.routers.items():
+            yield from router.named_parameters(name)
         yield from self.extras.parameters.items()
         yield from self.extras.row_parameters.items()
 

@@ -66,7 +66,7 @@ def by_role(built: Built, extras: Extras) -> dict[str, list[nn.Parameter]]:
     roles = {"experts": [parameter for _, parameter in factors]}
     for role, parameter in factors:
         roles.setdefault(role, []).append(parameter)
-    routers = [site.router for site in built.sites.values() if site.router.trainable]
+    routers = [router for router in built.routers.values() if router.trainable]
     roles["router"] = [p for router in routers for p in router.parameters()]
     roles["other"] = extras.trainable()
     return {role: parameters for role, parameters in roles.items() if parameters}

@@ -25,11 +25,13 @@ from molora.config import (
     TopP,
     UnitTop1,
     UpdateNorm,
+    XLoRA,
 )
 from molora.routing import frozen
 from molora.routing import router as learned
 from molora.routing import scores as score_functions
 from molora.routing import select as select_functions
+from molora.routing.classifier import HiddenStateClassifier
 from molora.routing.scores import ScoreFunction
 from molora.routing.select import SelectFunction
 
@@ -94,10 +96,50 @@ def make_router(
             )
         case Fixed():
             router = frozen.FixedRouter(torch.tensor(config.weights, device=device))
+        case _:
+            raise AssertionError(f"{config.kind} decides for the whole model")
+    keep_present(router, choosable, device)
+    return router
+
+
+def keep_present(
+    router: nn.Module, choosable: tuple[bool, ...] | None, device: torch.device
+) -> None:
+    """Let the router's site know which experts can be chosen; None: all."""
     if choosable is not None and not all(choosable):
         present_E = torch.tensor(choosable, device=device)
         router.register_buffer("present", present_E, persistent=False)
-    return router
+
+
+def make_classifier(
+    config: XLoRA,
+    *,
+    in_features: int,
+    num_experts: int,
+    num_groups: int,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> HiddenStateClassifier:
+    """X-LoRA's classifier, kaiming-uniform with a = √5 as nn.Linear's, biases 0."""
+
+    def make(name: str, shape: tuple[int, ...]) -> Tensor:
+        if len(shape) == 1:
+            return torch.zeros(shape, dtype=dtype, device=device)
+        return initial(
+            f"router.{name}", shape, "kaiming", 0.0, seed=seed, dtype=dtype, device=device
+        )
+
+    return HiddenStateClassifier(
+        in_features,
+        num_experts=num_experts,
+        num_groups=num_groups,
+        depth=config.depth,
+        width=config.width,
+        dropout=config.dropout,
+        temperature=config.temperature,
+        make=make,
+    )
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -121,7 +163,12 @@ def select_function(group: Group, top_k: int | None) -> SelectFunction:
     match group.select:
         case Dense():
             return select_functions.dense
-        case TopK(renormalize=renormalize) | Capacity(renormalize=renormalize):
+        case TopK(renormalize=renormalize, softmax=softmax):
+            assert top_k is not None
+            return partial(
+                select_functions.top_k, k=top_k, renormalize=renormalize, softmax=softmax
+            )
+        case Capacity(renormalize=renormalize):
             assert top_k is not None
             return partial(select_functions.top_k, k=top_k, renormalize=renormalize)
         case TopP(p=p, renormalize=renormalize):

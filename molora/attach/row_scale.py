@@ -35,6 +35,11 @@ def base_weight(linear: nn.Module) -> Tensor:
     first = next(linear.parameters())
     dtype = first.dtype if first.is_floating_point() else torch.float32
     unit_DD = torch.eye(in_features, dtype=dtype, device=first.device)
-    y_DF = linear(unit_DD).float()
-    bias = getattr(linear, "bias", None)
-    return (y_DF if bias is None else y_DF - bias.float()).T
+    # added and taken off again, a bias would leave its rounding in low precision
+    bias = linear._parameters.get("bias")
+    linear._parameters["bias"] = None
+    try:
+        y_DF: Tensor = linear(unit_DD)
+    finally:
+        linear._parameters["bias"] = bias
+    return y_DF.float().T

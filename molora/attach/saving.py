@@ -159,6 +159,6 @@ def _check_fits(mixture: Mixture, manifest: io.Manifest, *, where: str) -> None:
 def _not_base(mixture: Mixture) -> list[str]:
     """Names of the model's parameters that are not the frozen base's."""
     ours = {id(p) for bank in mixture.built.banks.values() for p in bank.parameters()}
-    ours |= {id(p) for site in mixture.built.sites.values() for p in site.router.parameters()}
+    ours |= {id(p) for router in mixture.built.routers.values() for p in router.parameters()}
     ours |= {id(p) for p in mixture.extras.trainable()}
     return [name for name, p in mixture.model.named_parameters() if id(p) in ours]

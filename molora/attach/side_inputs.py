@@ -13,6 +13,9 @@ from molora.attach.packing import Sequences
 from molora.config.data import SIDE_COLUMNS
 from molora.modules import SideInputs
 
+SIDE_INPUTS = (*SIDE_COLUMNS, "expert_gates")
+"""What a forward takes for the mixture and not for the base."""
+
 
 class ArgumentReader:
     """Finds named arguments of a model's forward, passed by position or by name."""
@@ -35,6 +38,19 @@ class ArgumentReader:
         position = self.names.index(name) if name in self.names else len(args)
         return args[position] if position < len(args) else None
 
+    def by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """All arguments by name."""
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+    def replaced(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], changes: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with other values, each in the way in which it was passed."""
+        positional = dict(zip(self.names, args, strict=False))
+        args = tuple(changes.get(name, value) for name, value in positional.items())
+        named = {name: value for name, value in changes.items() if name not in positional}
+        return args, {**kwargs, **named}
+
     def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         """(B, S) token ids or (B, S, in) embeddings; None if the model takes neither."""
         ids = self.get(args, kwargs, "input_ids")
@@ -44,13 +60,13 @@ class ArgumentReader:
         """Take out the side columns that the model has no argument for."""
         columns = {
             name: kwargs[name]
-            for name in SIDE_COLUMNS
+            for name in SIDE_INPUTS
             if name in kwargs and name not in self.names and kwargs[name] is not None
         }
         return {
             name: value
             for name, value in kwargs.items()
-            if name not in SIDE_COLUMNS or name in self.names
+            if name not in SIDE_INPUTS or name in self.names
         }, columns
 
     def side_inputs(

@@ -13,7 +13,7 @@ from molora.attach import Mixture
 from molora.attach.attach import attach_with
 from molora.compose.experts import NAME, FrozenExperts
 from molora.compose.vectors import Vectors, fill_routers
-from molora.config import Imported, LinearRouter, MixtureConfig
+from molora.config import Fixed, Given, Imported, LinearRouter, MixtureConfig, XLoRA
 from molora.config.base import unknown_name
 from molora.errors import ConfigError
 from molora.io.peft_adapter import Adapter
@@ -112,7 +112,7 @@ def composed_config(
         **fields,
     }
     config = MixtureConfig.parse({"method": kind, "groups": [group], "losses": losses, **options})
-    learned = isinstance(config.groups[0].router, LinearRouter) or kind in ("uniform", "fixed")
+    learned = isinstance(config.groups[0].router, LinearRouter | XLoRA | Given | Fixed)
     if (trainable or new) and not learned:
         raise ConfigError(
             f"router {kind} is made from the experts' factors as they are, so that experts that "
@@ -129,16 +129,6 @@ def _described(name: str, adapter: Adapter, trained: bool) -> dict[str, Any]:
     dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32"
     has_magnitude = any(m.magnitude is not None for m in modules)
     has_bias = any(m.bias is not None for m in modules)
-    if adapter.invocation_tokens is not None:
-        raise ConfigError(
-            f"{name} acts only after the tokens {list(adapter.invocation_tokens)} (aLoRA), which "
-            "a mixture cannot do yet. Leave it out."
-        )
-    if adapter.parameters:
-        raise ConfigError(
-            f"{name} adapts stacked weights of a base that is itself a mixture of experts "
-            f"({next(iter(adapter.parameters))}), which a mixture cannot do yet. Leave it out."
-        )
     if trained and (has_magnitude or has_bias):
         raise ConfigError(
             f"trainable: {name} has {'a magnitude (DoRA)' if has_magnitude else 'biases'}, which "

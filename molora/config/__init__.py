@@ -16,6 +16,7 @@ from molora.config.routing import (
     Capacity,
     Dense,
     Fixed,
+    Given,
     Identity,
     KaimingInit,
     LinearRouter,
@@ -30,6 +31,7 @@ from molora.config.routing import (
     TopP,
     UnitTop1,
     UpdateNorm,
+    XLoRA,
 )
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "FFNSite",
     "Fixed",
     "Frozen",
+    "Given",
     "Group",
     "Identity",
     "Importance",
@@ -73,5 +76,6 @@ __all__ = [
     "Uniform",
     "UnitTop1",
     "UpdateNorm",
+    "XLoRA",
     "resolve",
 ]

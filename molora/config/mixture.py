@@ -17,6 +17,7 @@ from molora.config.routing import (
     Capacity,
     Dense,
     Fixed,
+    Given,
     LinearRouter,
     Router,
     Score,
@@ -25,6 +26,7 @@ from molora.config.routing import (
     Softmax,
     TopK,
     UnitTop1,
+    XLoRA,
 )
 from molora.config.shorthand import AlsoAs
 
@@ -33,9 +35,9 @@ class LinearSite(Frozen):
     """Experts are added at each linear: y = W x + Σ_k gate_k · scaling · B A x."""
 
     kind: Literal["linear"] = "linear"
-    scope: Literal["linear", "block", "layer"] = "linear"
+    scope: Literal["linear", "block", "layer", "model"] = "linear"
     """Who shares one routing decision: a linear alone, the linears of one attention or FFN block,
-    or of one layer."""
+    of one layer, or of the whole model, which is decided before its forward."""
 
 
 class FFNSite(Frozen):
@@ -84,6 +86,8 @@ class Group(Frozen):
     """Logits to scores."""
     select: Select = TopK()
     """Scores to gates."""
+    gate_scale: float = 1.0
+    """Multiplies every gate; a pretrained adapter was trained at gate 1."""
 
     @property
     def routed(self) -> bool:
@@ -94,7 +98,11 @@ class Group(Frozen):
     def weighs_one_expert(self) -> bool:
         """Whether one expert alone has a router too: its gate need not be 1."""
         return not isinstance(self.router, LinearRouter) or (
-            isinstance(self.expert, Imported) and isinstance(self.score, Sigmoid)
+            isinstance(self.expert, Imported)
+            and (
+                isinstance(self.score, Sigmoid)
+                or any(e.invocation_tokens is not None for e in self.expert.experts)
+            )
         )
 
     @model_validator(mode="after")
@@ -143,6 +151,8 @@ class Group(Frozen):
     def _routers_of_imported_experts(self) -> Self:
         form, router = self.expert, self.router
         if not isinstance(form, Imported):
+            if self.site.kind == "linear" and self.site.scope == "model":
+                raise ValueError("site.scope='model' is for imported experts. Use scope='layer'.")
             if not isinstance(router, LinearRouter):
                 raise ValueError(
                     f"router.kind={router.kind!r} is made from experts that are trained already. "
@@ -158,7 +168,14 @@ class Group(Frozen):
                 "site.kind='ffn' mixes whole FFNs, but imported experts were trained at each "
                 "linear. Use site.kind='linear'."
             )
-        if self.site.scope != "linear" and not isinstance(router, (LinearRouter, Fixed)):
+        of_model = isinstance(router, (XLoRA, Given))
+        if of_model != (self.site.scope == "model"):
+            raise ValueError(
+                f"router.kind={router.kind!r} cannot have site.scope={self.site.scope!r}. Use "
+                f"{'model' if of_model else 'linear'!r}."
+            )
+        one_width = isinstance(router, (LinearRouter, Fixed, XLoRA, Given))
+        if self.site.scope != "linear" and not one_width:
             raise ValueError(
                 f"router.kind={router.kind!r} has a vector of each linear's width, so every linear "
                 "decides for itself. Use site.scope='linear'."

@@ -91,12 +91,37 @@ class Fixed(Frozen):
     """One for each expert."""
 
 
+class XLoRA(Frozen):
+    """logits = a classifier of the final hidden state that a first pass through the base gives
+    (X-LoRA, 2402.07148), for the whole model."""
+
+    kind: Literal["xlora"] = "xlora"
+    layerwise: bool = False
+    """Whether each linear has logits of its own."""
+    depth: PositiveInt = 1
+    """Linear layers of the classifier; between them ReLU and dropout."""
+    width: PositiveInt = 2048
+    """Features between them."""
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+    """Dropout between them."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits."""
+    first_pass_score: float = 0.0
+    """Score of every expert in the first pass; 0: it is the base alone."""
+
+
+class Given(Frozen):
+    """The gates of a batch come with it as `expert_gates`: (B, E), or (B, S, E) by position."""
+
+    kind: Literal["given"] = "given"
+
+
 def _linear_by_default(data: Any) -> Any:
     return {"kind": "linear", **data} if isinstance(data, Mapping) else data
 
 
 Router = Annotated[
-    LinearRouter | Projection | UpdateNorm | Prototype | Fixed,
+    LinearRouter | Projection | UpdateNorm | Prototype | Fixed | XLoRA | Given,
     Field(discriminator="kind"),
     BeforeValidator(_linear_by_default),
 ]
@@ -135,6 +160,9 @@ class TopK(Frozen):
     shape."""
     renormalize: bool = True
     """Divide the chosen scores by their sum."""
+    softmax: bool = False
+    """Gates are the softmax over the chosen scores, as X-LoRA's `enable_softmax_topk` makes them;
+    an expert whose score is exactly 0 is out."""
 
 
 class TopP(Frozen):

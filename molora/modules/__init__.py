@@ -3,6 +3,7 @@
 from molora.modules.context import ForwardContext, SideInputs
 from molora.modules.ffn import MoLoRAFeedForward, Projection
 from molora.modules.linear import MoLoRALinear
+from molora.modules.model_decision import ModelDecision
 from molora.modules.product import SharedProduct
 from molora.modules.site import RoutingSite, SharedDecision
 
@@ -10,6 +11,7 @@ __all__ = [
     "ForwardContext",
     "MoLoRAFeedForward",
     "MoLoRALinear",
+    "ModelDecision",
     "Projection",
     "RoutingSite",
     "SharedDecision",

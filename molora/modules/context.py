@@ -26,6 +26,8 @@ class SideInputs:
     segments: Tensor | None = None
     """(B, S) int64: which sequence of the batch a position belongs to, counted from 1, 0 for
     padding; None where every row is one sequence."""
+    acting: Tensor | None = None
+    """(B, S, E) bool: at which positions of this forward an expert may act; None: everywhere."""
     unreadable: str = ""
     """What kind of attention_mask was passed that cannot be read as padding; empty if it could."""
 
@@ -58,6 +60,22 @@ class SideInputs:
             f"{tuple(mask_BS.shape)}: they must be (batch, positions), (batch · positions) or "
             "(batch). Pass an attention_mask for exactly these inputs."
         )
+
+    def acting_rows(self, grid: tuple[int, ...]) -> Tensor | None:
+        """(rows, E): `acting` for rows with the leading shape `grid`.
+
+        Raises:
+            AttachError: rows that are not the batch's positions.
+        """
+        if self.acting is None:
+            return None
+        if grid != tuple(self.acting.shape[:-1]):
+            raise AttachError(
+                f"rows of shape {grid} are not the batch's positions, "
+                f"{tuple(self.acting.shape[:-1])}, by which some experts act (aLoRA). Leave these "
+                "experts out for this base."
+            )
+        return self.acting.flatten(0, 1)
 
     def segment_rows(self, stream: str, grid: tuple[int, ...]) -> Tensor | None:
         """(rows,) int64: the sequence that each row of a tensor with leading shape `grid` belongs

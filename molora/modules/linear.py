@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from molora.experts import ExpertBank
 from molora.kernels import Base
 from molora.modules.context import ForwardContext
+from molora.modules.model_decision import ModelDecision
 from molora.modules.product import SharedProduct
 from molora.modules.site import RoutingSite, SharedDecision
 
@@ -38,7 +39,7 @@ class MoLoRALinear:
         base_forward: Callable[[Tensor], Tensor],
         experts: ExpertBank,
         *,
-        decision: RoutingSite | SharedDecision | None,
+        decision: RoutingSite | SharedDecision | ModelDecision | None,
         context: ForwardContext,
         plain: str | None = None,
     ) -> None:

@@ -28,6 +28,7 @@ class RoutingSite:
             that has both.
         context: shared state of the model's forward.
         slots: K, if the selector has as many for every row; None: one for every expert.
+        gate_scale: multiplies the gates.
 
     A router with a buffer `present`, (E,) bool, says which experts can be chosen here.
     """
@@ -43,6 +44,7 @@ class RoutingSite:
         stream: str,
         context: ForwardContext,
         slots: int | None = None,
+        gate_scale: float = 1.0,
     ) -> None:
         self.name = name
         self.router = router
@@ -52,6 +54,7 @@ class RoutingSite:
         self.stream = stream
         self.context = context
         self.slots = slots
+        self.gate_scale = gate_scale
 
     def linear_weight(self) -> Tensor | None:
         """The (E, in) weight of a router whose logits are made of its product with the input as it
@@ -70,11 +73,25 @@ class RoutingSite:
         else:
             assert isinstance(self.router, LinearRouter)
             logits_TE = self.router.finish(logits_TE)
+        return self.decide_by(logits_TE, grid)
+
+    def decide_by(self, logits_TE: Tensor, grid: tuple[int, ...]) -> Routing:
+        """The decision that follows from logits of rows with this leading shape; recorded if a
+        trace is open."""
         present_E = getattr(self.router, "present", None)
         if present_E is not None:
             nothing = 0.0 if self.score is identity else -torch.inf
             logits_TE = logits_TE.masked_fill(~present_E, nothing)
-        scores_TE = self.score(logits_TE)
+        return self._decided(logits_TE, self.score(logits_TE), grid)
+
+    def decide_by_scores(self, scores_TE: Tensor, grid: tuple[int, ...]) -> Routing:
+        """The decision that follows from scores, which are not made from logits."""
+        return self._decided(None, scores_TE, grid)
+
+    def _decided(
+        self, logits_TE: Tensor | None, scores_TE: Tensor, grid: tuple[int, ...]
+    ) -> Routing:
+        device, present_E = scores_TE.device, getattr(self.router, "present", None)
         gates_TK, index_TK, selected_TK = self.select(scores_TE)
         if present_E is not None:
             selected_TK = selected_TK & present_E[index_TK]
@@ -84,9 +101,14 @@ class RoutingSite:
                 index_TK,
                 num_experts=scores_TE.shape[-1],
                 capacity=self.capacity,
-                starts_T=self.context.side.starts(self.stream, grid, x.device),
+                starts_T=self.context.side.starts(self.stream, grid, device),
                 mask_T=self.context.side.rows(self.stream, grid),
             )
+        if self.gate_scale != 1.0:
+            gates_TK = gates_TK * self.gate_scale
+        acting_TE = self.context.side.acting_rows(grid)
+        if acting_TE is not None:
+            gates_TK = gates_TK * acting_TE.gather(1, index_TK)
         routing = Routing(
             *(logits_TE, scores_TE, gates_TK, index_TK, selected_TK),
             grid=grid,

@@ -148,6 +148,72 @@ def hard_top1(
     return {**recipe, "select": {"kind": "unit_top1", "straight_through": True}}
 
 
+def xlora(
+    names: Sequence[str],
+    *,
+    layerwise: bool = False,
+    depth: int = 1,
+    width: int = 2048,
+    dropout: float = 0.2,
+    softmax: bool = True,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    softmax_top_k: bool = False,
+    first_pass_score: float | None = 0.0,
+    gate_scale: float = 1.0,
+) -> Recipe:
+    """X-LoRA: a classifier of the final hidden state of a first pass through the base weighs the
+    experts of every token, all linears alike or each by itself (Buehler & Buehler, 2402.07148).
+
+    Defaults are package peft's. Unlike there, decoding keeps a cache for each pass.
+
+    Args:
+        names: the experts.
+        layerwise: each linear has weights of its own (`layerwise_scalings`).
+        depth, width, dropout: of the classifier (`xlora_depth`, `xlora_size`, `xlora_dropout_p`).
+        softmax, temperature: of the classifier's output (`enable_softmax`, `softmax_temperature`).
+        top_k: experts that are kept, as they are (`top_k_lora`); None: all.
+        softmax_top_k: a second softmax, over those kept (`enable_softmax_topk`).
+        first_pass_score: of every expert in the first pass (`scaling_pass_value`); None: 1 / E.
+        gate_scale: multiplies all gates (`global_scaling_weight`).
+    """
+    score = 1 / len(names) if first_pass_score is None else first_pass_score
+    router = {
+        "kind": "xlora",
+        "layerwise": layerwise,
+        "depth": depth,
+        "width": width,
+        "dropout": dropout,
+        "temperature": temperature if softmax else 1.0,
+        "first_pass_score": score,
+    }
+    kept = len(names) if top_k is None else top_k
+    every = top_k is None and not softmax_top_k
+    select = {"kind": "top_k", "k": kept, "renormalize": False, "softmax": softmax_top_k}
+    return {
+        "site": {"kind": "linear", "scope": "model"},
+        "router": router,
+        "score": {"kind": "softmax" if softmax else "identity"},
+        "select": {"kind": "dense"} if every else select,
+        "gate_scale": gate_scale,
+    }
+
+
+def given(names: Sequence[str], *, top_k: int | None = None) -> Recipe:
+    """Gates come with every batch as `expert_gates`, (B, E) or (B, S, E): from an encoder of the
+    text (LoraRetriever, 2402.09997; DLP-LoRA, 2410.01497), or by hand.
+
+    Give `top_k` where no row has more gates that are not 0: only these are computed.
+    """
+    select = {"kind": "top_k", "k": top_k, "renormalize": False}
+    return {
+        "site": {"kind": "linear", "scope": "model"},
+        "router": {"kind": "given"},
+        "score": {"kind": "identity"},
+        "select": {"kind": "dense"} if top_k is None else select,
+    }
+
+
 def _select(
     names: Sequence[str], top_k: TopK, *, published: int, renormalize: bool = True
 ) -> dict[str, Any]:
@@ -169,6 +235,8 @@ ROUTERS: dict[str, Callable[..., Recipe]] = {
     "meteora": meteora,
     "lora_flow": lora_flow,
     "hard_top1": hard_top1,
+    "xlora": xlora,
+    "given": given,
 }
 """Name → recipe. Adding a method adds a line."""
 

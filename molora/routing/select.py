@@ -23,10 +23,19 @@ def dense(scores_TE: Tensor) -> Selection:
     return scores_TE, expert_index, torch.ones_like(scores_TE, dtype=torch.bool)
 
 
-def top_k(scores_TE: Tensor, k: int, *, renormalize: bool) -> Selection:
-    """The k highest scores of each row, best first, divided by their sum if `renormalize`."""
+def top_k(scores_TE: Tensor, k: int, *, renormalize: bool, softmax: bool = False) -> Selection:
+    """The k highest scores of each row, best first, divided by their sum if `renormalize`.
+
+    With `softmax` the gates are its values over those of them that are not 0 (X-LoRA's
+    `enable_softmax_topk`).
+    """
     gates_TK, index_TK = torch.topk(scores_TE, k, dim=-1)
-    if renormalize:
+    if softmax:
+        out_TK = gates_TK == 0
+        # a row without any would be 0/0
+        kept_TK = gates_TK.masked_fill(out_TK & ~out_TK.all(dim=-1, keepdim=True), -torch.inf)
+        gates_TK = torch.softmax(kept_TK, dim=-1).masked_fill(out_TK, 0)
+    elif renormalize:
         gates_TK = _renormalized(gates_TK)
     return gates_TK, index_TK, torch.ones_like(index_TK, dtype=torch.bool)
 

@@ -49,7 +49,12 @@ class GradientNorms:
         owners = {
             f"{path}.experts.": ("experts", built.routed_by.get(path)) for path in built.banks
         }
-        owners |= {f"{site}.router.": ("router", site) for site in built.sites}
+        # one that decides for many sites belongs to none of them
+        owners |= {
+            f"{path}.": ("router", site if site in built.sites else None)
+            for path in built.routers
+            for site in [path.removesuffix("router").removesuffix(".") or "model"]
+        }
         for name in self._parameters:
             found = [owners[p] for p in _prefixes(name) if p in owners]
             self._groups.append(found[-1] if found else ("other", None))

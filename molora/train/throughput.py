@@ -87,7 +87,7 @@ class TokenFlops:
         for path, bank in built.banks.items():
             share = acting.get(built.routed_by.get(path, ""), 1.0)
             total += share * sum(_flops(parameter) for parameter in bank.parameters())
-        routers = (p for site in built.sites.values() for p in site.router.parameters())
+        routers = (p for router in built.routers.values() for p in router.parameters())
         return total + sum(map(_flops, routers))
 
 
