@@ -116,7 +116,11 @@ def test_every_fault_has_its_own_line():
         ("mixture.groups.0.select", {"kind": "top_p", "k": 2}, ["unknown key 'k'", "p"]),
         ("mixture.groups.0.select", {"kind": "dense", "renormalize": True}, ["unknown key"]),
         ("mixture.groups.0.site", {"kind": "ffn", "scope": "block"}, ["unknown key 'scope'"]),
-        ("mixture.groups.0.router.linear.init", {"kind": "kaiming", "std": 1}, ["unknown key 'std'"]),
+        (
+            "mixture.groups.0.router",
+            {"init": {"kind": "kaiming", "std": 1}},
+            ["router.linear.init", "unknown key 'std'"],
+        ),
         ("mixture.losses.0.term", {"kind": "importance", "form": "slots"}, ["unknown key 'form'"]),
         ("mixture.losses.0.term", {"kind": "z"}, ["'router_z'", "'load_balance'"]),
         ("mixture.groups.0.rank", {"kind": "uniform", "values": [1]}, ["unknown key 'values'"]),
