@@ -11,6 +11,7 @@ from typer.main import get_command
 
 from molora import __version__
 from molora.cli.bench import bench
+from molora.cli.compose import compose
 from molora.cli.data import data
 from molora.cli.doctor import declared, doctor
 from molora.cli.generate import chat, generate
@@ -60,7 +61,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (train, generate, chat, inspect, methods, schema, doctor, bench):
+for command in (train, compose, generate, chat, inspect, methods, schema, doctor, bench):
     app.command()(command)
 app.add_typer(data, name="data")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -48,30 +48,38 @@ class Bank:
     in_features: int = 0
     out_features: int = 0
     shared_A: bool = False
+    sizes: tuple[int, ...] = ()
+    """Experts of each block; may be left out if there is one."""
 
     def __str__(self) -> str:
-        ranks = "+".join(map(str, dict.fromkeys(self.ranks)))
-        return f"{self.num_experts}×{ranks}"
+        counts: dict[int, int] = defaultdict(int)
+        for rank, size in zip(self.ranks, self.sizes or (self.num_experts,), strict=True):
+            counts[rank] += size
+        return " + ".join(f"{counts[rank]}×{rank}" for rank in sorted(counts))
 
 
 def described(directory: Path, manifest: Manifest) -> Iterable[str]:
     """The lines that `molora inspect` prints."""
     from molora import io
+    from molora.cli.experts import routing_lines, saved_table
 
     shapes = {name: info.shape for name, info in manifest.tensors.items()}
     banks = banks_of(shapes)
-    routers = sorted(name for name in shapes if ".router." in name)
+    routers = {name.partition(".router.")[0] for name in shapes if ".router." in name}
     yield (
         f"method   {manifest.mixture.method} (format {manifest.format_version}, written by "
         f"molora {manifest.molora_version})"
     )
     yield f"base     {manifest.base.name}"
     yield f"sites    {len(banks)} linears with experts, {len(routers)} routers"
+    yield from routing_lines(manifest.mixture)
     for role, count in parameters_by_role(shapes).items():
         yield f"{role:<8} {count:,} parameters"
     for name, note in ((io.MANIFEST, "checked"), (manifest.tensors_file, "sha256 matches")):
         yield f"file     {name}, {(directory / name).stat().st_size:,} bytes, {note}"
     yield ""
+    if table := saved_table(manifest.mixture):
+        yield from [*table, ""]
     yield from allocation_table(banks)
     yield ""
     yield from backend_table(banks, manifest.mixture)
@@ -94,6 +102,7 @@ def banks_of(shapes: Mapping[str, tuple[int, ...]]) -> list[Bank]:
                 in_features=shape_A[2],
                 out_features=shape_B[1],
                 shared_A=shape_A[0] < shape_B[0],
+                sizes=tuple(count for count, _ in members),
             )
         )
     return banks
@@ -125,7 +134,7 @@ def allocation_table(banks: Iterable[Bank]) -> list[str]:
         for experts, names in linears.items():
             rows.append((label, experts, _by_parent(names)))
             label = ""
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def backend_table(banks: Iterable[Bank], config: MixtureConfig) -> list[str]:
@@ -144,7 +153,7 @@ def backend_table(banks: Iterable[Bank], config: MixtureConfig) -> list[str]:
     heads = ("width", "experts×rank", f"{TRAINING_ROWS} rows, training", "1 row, decoding")
     rows: list[tuple[str, ...]] = [(*heads, "linears")]
     rows += [(*key, _by_parent(dict.fromkeys(names))) for key, names in linears.items()]
-    return [f"backend  auto, which is for {found.dtype} on {found.device}:", *_aligned(rows)]
+    return [f"backend  auto, which is for {found.dtype} on {found.device}:", *aligned(rows)]
 
 
 def _without_layer(path: str) -> str:
@@ -152,7 +161,7 @@ def _without_layer(path: str) -> str:
     return found[1] if found else path
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Columns side by side; the last is as wide as it is."""
     widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
     return [

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import typer
 
 
 def methods() -> None:
-    """List the published methods that are presets.
+    """List the presets and the routers, with their papers.
 
     \b
     Example:
       molora methods
     """
     from molora.presets import methods as presets
+    from molora.presets.frozen import ROUTERS
 
-    table = presets()
+    routers = {name: _summary(recipe) for name, recipe in ROUTERS.items()}
+    _print_table("Presets, for `molora train`:", presets())
+    typer.echo()
+    _print_table("Routers over experts that others trained, for `molora compose`:", routers)
+
+
+def _print_table(heading: str, table: Mapping[str, str]) -> None:
+    typer.echo(heading)
     width = max(map(len, table))
     for name, what in table.items():
-        typer.echo(f"{name:<{width}}  {what}")
+        typer.echo(f"  {name:<{width}}  {what}")
+
+
+def _summary(recipe: Any) -> str:
+    """The first paragraph of its docstring, on one line."""
+    return " ".join((recipe.__doc__ or "").strip().partition("\n\n")[0].split())
 
 
 def schema() -> None:

@@ -23,7 +23,14 @@ def load_run(path: Path, overrides: Sequence[str], *, output_dir: Path | None) -
         ConfigError: an override that is not of this form or leads nowhere, and every fault of the
             resulting configuration.
     """
-    data: Any = read_yaml(path)
+    data = replaced(read_yaml(path), overrides)
+    if output_dir is not None:
+        data = {**data, "output_dir": str(output_dir)}
+    return run_config(data)
+
+
+def replaced(data: Any, overrides: Sequence[str]) -> Any:
+    """A copy of plain data with the values that `overrides` give; errors as `load_run`."""
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
@@ -32,9 +39,7 @@ def load_run(path: Path, overrides: Sequence[str], *, output_dir: Path | None) -
                 "train.learning_rate=1e-3. Options begin with --."
             )
         data = _replaced(data, key.split("."), _value(override, text), override)
-    if output_dir is not None:
-        data = {**data, "output_dir": str(output_dir)}
-    return run_config(data)
+    return data
 
 
 def _value(override: str, text: str) -> Any:

@@ -62,9 +62,9 @@ def test_inspect_shows_method_base_parameters_files_and_experts(
 
 def test_equal_layers_are_one_line_in_numeric_order() -> None:
     banks = [Bank(f"h.{layer}.a.q", 2 if layer < 10 else 4, (8,)) for layer in (10, 2, 1, 0, 11, 9)]
-    assert allocation_table([*banks, Bank("head", 1, (4, 8))]) == [
+    assert allocation_table([*banks, Bank("head", 3, (8, 4), sizes=(1, 2))]) == [
         "layer    experts×rank  linears",
-        "-        1×4+8         head",
+        "-        2×4 + 1×8     head",
         "h.0–2    2×8           a: q",
         "h.9      2×8           a: q",
         "h.10–11  4×8           a: q",
@@ -80,7 +80,8 @@ def test_blocks_of_a_bank_and_roles_are_told_by_the_names() -> None:
         "a.router.weight": (3, 5),
         "head.weight": (2, 2),
     }
-    assert banks_of(shapes) == [Bank("a", 3, (3, 4), in_features=5, out_features=7)]
+    expected = Bank("a", 3, (3, 4), in_features=5, out_features=7, sizes=(2, 1))
+    assert banks_of(shapes) == [expected]
     shared = {"a.experts.lora_A": (1, 3, 5), "a.experts.lora_B": (2, 7, 3)}
     assert [bank.shared_A for bank in banks_of(shared)] == [True]
     counts = {"experts": 30 + 42 + 20 + 28, "router": 15, "other": 4, "all": 139}

@@ -14,6 +14,7 @@ import molora as package
 from molora.config.yaml import read_yaml
 from molora.errors import ConfigError
 from molora.presets import PRESETS, run_config
+from molora.presets.frozen import ROUTERS
 
 ROOT = Path(__file__).resolve().parents[2]
 TYPES: dict[str, tuple[type, ...]] = {
@@ -101,11 +102,17 @@ def with_value(path: str, value: Any) -> dict[str, Any]:
     return run
 
 
-def test_methods_lists_every_preset_with_its_paper(molora: Callable[..., Any]) -> None:
+def test_methods_lists_every_preset_and_every_router_with_its_paper(
+    molora: Callable[..., Any],
+) -> None:
     outcome = molora("methods")
     assert outcome.code == 0
-    lines = dict(line.split(maxsplit=1) for line in outcome.out.splitlines())
+    presets, routers = outcome.out.split("\n\n")
+    lines = dict(line.split(maxsplit=1) for line in presets.splitlines()[1:])
     assert lines == package.methods()
+    lines = dict(line.split(maxsplit=1) for line in routers.splitlines()[1:])
+    assert list(lines) == list(ROUTERS)
+    assert "2405.11157" in lines["arrow"]
 
 
 def test_every_configuration_of_the_repository_fits_the_schema(schema: dict[str, Any]) -> None:

@@ -1,0 +1,210 @@
+"""`molora compose`: from directories of package peft to a mixture that generates."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft_experts import save_experts
+from tiny_models import batch_for
+from transformers import AutoModelForCausalLM
+
+import molora as package
+from molora.presets.frozen import ROUTERS
+
+
+@pytest.fixture(scope="module")
+def experts(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three unlike LoRAs for the base."""
+    return save_experts(tmp_path_factory.mktemp("experts"), base)
+
+
+@pytest.fixture
+def given(base: Path, experts: dict[str, Path]) -> list[Any]:
+    """The base and the experts as options."""
+    pairs = [part for name, path in experts.items() for part in ("--expert", f"{name}={path}")]
+    return ["--base", base, *pairs]
+
+
+def composed(base: Path, experts: dict[str, Path], **options: Any) -> package.Mixture:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    return package.compose(model, package.load_experts(experts), **options)
+
+
+def logits(mixture: package.Mixture) -> torch.Tensor:
+    with torch.no_grad():
+        return mixture.model(**batch_for(mixture.model, labels=False)).logits
+
+
+def test_composed_mixture_is_that_of_the_function(
+    molora: Callable[..., Any],
+    base: Path,
+    experts: dict[str, Path],
+    given: list[Any],
+    tmp_path: Path,
+) -> None:
+    options = ["--router", "arrow", "--missing", "renorm", "router.top_k=2", "router.temperature=3"]
+    outcome = molora("compose", *given, *options, "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    router = {"kind": "arrow", "top_k": 2, "temperature": 3.0}
+    expected = composed(base, experts, router=router, missing="renorm")
+    found = package.load(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
+    assert found.config == expected.config
+    torch.testing.assert_close(logits(found), logits(expected), rtol=0, atol=0)
+    with expected.disabled():
+        assert (logits(found) - logits(expected)).abs().max() > 0.1
+    lines = [line.split() for line in outcome.out.splitlines()]
+    assert lines[0] == ["expert", "rank", "linears", "‖ΔW‖", "base"]
+    assert [(line[0], *line[1:3], line[4]) for line in lines[1:4]] == [
+        ("math", "3", "4", str(base)),
+        ("code", "3", "4", str(base)),
+        ("law", "5", "2", str(base)),
+    ]
+    adapter = package.load_experts(experts).adapters["code"].modules.values()
+    size = sum(float((m.scaling * m.lora_B @ m.lora_A).square().sum()) for m in adapter) ** 0.5
+    assert lines[2][3] == f"{size:.3g}"
+
+
+def test_new_and_trainable_experts_and_settings_of_the_mixture(
+    molora: Callable[..., Any],
+    base: Path,
+    experts: dict[str, Path],
+    given: list[Any],
+    tmp_path: Path,
+) -> None:
+    options = ["--router", "linear", "--new", "own", "--trainable", "math", "new.own.rank=2"]
+    sets = ["mixture.dtype=bfloat16", "seed=5", "mixture.dropout=0.25"]
+    outcome = molora("compose", *given, *options, *sets, "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    found = package.load(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
+    settings = {"router": "linear", "trainable": ["math"], "new": {"own": {"rank": 2}}, "seed": 5}
+    expected = composed(base, experts, **settings, dtype="bfloat16", dropout=0.25)
+    assert found.config == expected.config
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    assert found.num_parameters()["experts"] > 0
+
+
+@pytest.mark.parametrize("router", ["uniform", "spectr", "lora_flow", "hard_top1"])
+def test_prompts_of_unequal_length_generate_together_as_alone(
+    molora: Callable[..., Any], given: list[Any], tmp_path: Path, router: str
+) -> None:
+    assert molora("compose", *given, "--router", router, "--out", tmp_path).code == 0
+    arguments = ["generate", "--adapter", tmp_path, "--max-new-tokens", 6]
+    prompts = ["Hi", "Hello there, you"]
+    alone = [molora(*arguments, "--prompt", prompt).out for prompt in prompts]
+    together = molora(*arguments, *(part for p in prompts for part in ("--prompt", p)))
+    assert together.code == 0, together.err
+    assert together.out == "".join(f"> {p}\n{text}" for p, text in zip(prompts, alone, strict=True))
+
+
+def test_inspect_shows_experts_with_their_origin_the_router_and_ragged_layers(
+    molora: Callable[..., Any], given: list[Any], experts: dict[str, Path], tmp_path: Path
+) -> None:
+    options = ["--router", "linear", "--new", "own", "--missing", "zero", "new.own.alpha=4"]
+    assert molora("compose", *given, *options, "--out", tmp_path).code == 0
+    outcome = molora("inspect", tmp_path)
+    assert outcome.code == 0
+    facts = [re.split(r" {2,}", line) for line in outcome.out.splitlines()]
+    table = {row[0]: row[1:] for row in facts if row[0] in {*experts, "own"}}
+    read = package.load_experts(experts)
+    for name, adapter in read.adapters.items():
+        assert table[name][4] == adapter.sha256[:12]
+    # alpha over the rank, over its root with rsLoRA
+    base = str(given[1])
+    assert table["math"] == ["3", "1.66667", "4", "float32, frozen", table["math"][4], base]
+    assert table["law"][:4] == ["5", f"{5 / 5**0.5:g}", "2", "float32, frozen"]
+    assert table["own"] == ["8", "0.5", "6", "float32, trained", "new", "-"]
+    text = outcome.out
+    assert "router   linear, softmax, top_k (k 2); a decision for every linear" in text
+    assert "missing  zero: the gate of an expert is lost" in text
+    assert "6 linears with experts, 6 routers" in text
+    first = outcome.out.splitlines().index("layer             experts×rank     linears")
+    assert [line.split("  ") for line in outcome.out.splitlines()[first + 1 : first + 3]] == [
+        ["model.layers.0–1", "1×3 + 1×8", "", "", "", "mlp: down_proj; self_attn: v_proj"],
+        [*[""] * 9, "2×3 + 1×5 + 1×8", "self_attn: q_proj"],
+    ]
+
+
+def test_inspect_counts_a_router_with_two_tensors_once(
+    molora: Callable[..., Any], given: list[Any], tmp_path: Path
+) -> None:
+    assert molora("compose", *given, "--router", "lag", "--out", tmp_path).code == 0
+    assert "6 linears with experts, 6 routers" in molora("inspect", tmp_path).out
+
+
+def test_notes_are_printed_and_cannot_steer_the_terminal(
+    molora: Callable[..., Any], base: Path, experts: dict[str, Path], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(experts["math"], tmp_path / "copy")
+    path = copy / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "base_model_name_or_path": "other\x1b[2J"}))
+    arguments = ["--expert", f"a={copy}", "--expert", f"b={experts['math']}"]
+    outcome = molora("compose", "--base", base, *arguments, "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    notes = [line for line in outcome.out.splitlines() if line.startswith("note ")]
+    assert any("their tensors are the same" in note for note in notes)
+    assert any("trained on" in note for note in notes)
+    assert "\x1b" not in outcome.out + molora("inspect", tmp_path / "out").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--router", "arow"], "Close names: arrow"),
+        (["router.topk=2"], "unknown argument 'topk'. Close names: top_k"),
+        (["router.top_k=9"], "top_k=9 exceeds num_experts=3"),
+        (["rooter.top_k=9"], "unknown section 'rooter'. Close names: router"),
+        (["mixture.dtyp=float16"], "unknown key 'dtyp'. Close names: dtype"),
+        (["mixture.groups=[]"], "unknown key 'groups'"),
+        (["router=7"], "router=7: give its settings"),
+        (["seed=-1"], "seed=-1"),
+        (["router.top_k"], "not of the form key.path=value"),
+        (["--expert", "math=elsewhere"], "--expert math is given twice"),
+        (["--expert", "directory"], "'directory' is not of the form NAME=DIR"),
+        (["--expert", "a/b=directory"], "cannot be called"),
+        (["--expert", "x={tmp}/nowhere"], "nowhere"),
+        (["--missing", "drop"], "missing"),
+        (["--new", "math", "--router", "linear"], "cannot be called 'math'"),
+        (["--new", "own"], "router arrow is made from the experts' factors"),
+        (["--new", "own", "--router", "linear", "new.own.rank=two"], "new.own.rank='two'"),
+        (["--new", "own", "--router", "linear", "new.own.rnak=2"], "Close names: rank"),
+        (["--router", "fixed"], "router fixed needs 'weights'"),
+        (["--router", "fixed", "router.weights=3"], "router.weights=3"),
+        (["--trainable", "maths"], "Close names: math"),
+        (["model.name=nowhere/at/all"], "cannot be loaded"),
+    ],
+)
+def test_a_users_error_is_exit_code_2_and_writes_nothing(
+    molora: Callable[..., Any],
+    given: list[Any],
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    outcome = molora("compose", *given, *arguments, "--out", tmp_path / "out")
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert outcome.err.count("Error") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_base_experts_and_a_place_are_needed(molora: Callable[..., Any], tmp_path: Path) -> None:
+    assert "--base is missing" in molora("compose", "--out", tmp_path / "out").err
+    assert "Missing option '--out'" in molora("compose", "--base", "x").err
+    none = molora("compose", "--base", "x", "--out", tmp_path / "out")
+    assert "0 experts were given" in none.err
+    (tmp_path / "file").write_text("")
+    blocked = molora("compose", "--base", "x", "--expert", "a=b", "--out", tmp_path / "file")
+    assert "is not a directory" in blocked.err
+
+
+def test_every_router_is_listed(molora: Callable[..., Any]) -> None:
+    assert all(re.search(rf"^  {name} ", molora("methods").out, re.M) for name in ROUTERS)
