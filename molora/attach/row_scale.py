@@ -37,9 +37,11 @@ def base_weight(linear: nn.Module) -> Tensor:
     unit_DD = torch.eye(in_features, dtype=dtype, device=first.device)
     # added and taken off again, a bias would leave its rounding in low precision
     bias = linear._parameters.get("bias")
-    linear._parameters["bias"] = None
+    if bias is not None:
+        linear._parameters["bias"] = nn.Parameter(torch.zeros_like(bias), requires_grad=False)
     try:
         y_DF: Tensor = linear(unit_DD)
     finally:
-        linear._parameters["bias"] = bias
+        if bias is not None:
+            linear._parameters["bias"] = bias
     return y_DF.float().T
