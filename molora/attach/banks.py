@@ -54,6 +54,18 @@ def check_fit(placements: Sequence[Placement], brought: Brought) -> None:
                 )
 
 
+def blocks_of(form: Imported, path: str) -> list[list[int]]:
+    """The experts that adapt a linear, by number: a list for each block of its bank."""
+    blocks: dict[object, list[int]] = {}
+    for column, expert in enumerate(form.experts):
+        if path in expert.modules:
+            rank, _ = expert.modules[path]
+            stored = "as trained" if expert.trainable else expert.dtype
+            kind = (rank, stored, expert.sha256 is None, expert.has_bias, expert.has_magnitude)
+            blocks.setdefault(kind, []).append(column)
+    return list(blocks.values())
+
+
 @dataclass(frozen=True)
 class BankMaker:
     """Makes banks that start from the seed or with what experts bring."""
@@ -103,21 +115,15 @@ class BankMaker:
 
     def _imported(self, placement: Placement, form: Imported, device: torch.device) -> ExpertBank:
         """One block for all experts that are stored alike; experts that lack the linear are out."""
-        blocks: dict[object, list[int]] = {}
-        for column, expert in enumerate(form.experts):
-            if placement.path in expert.modules:
-                rank, _ = expert.modules[placement.path]
-                kind = (rank, self._dtype(expert), expert.trainable, expert.sha256 is None)
-                parts = (expert.has_bias, expert.has_magnitude)
-                blocks.setdefault((*kind, *parts), []).append(column)
-        columns = [column for members in blocks.values() for column in members]
+        blocks = blocks_of(form, placement.path)
+        columns = [column for members in blocks for column in members]
         in_order = columns == list(range(len(form.experts)))
         return ExpertBank(
             [
                 self._block(
                     placement, [form.experts[c] for c in members], f"{n}." if n else "", device
                 )
-                for n, members in enumerate(blocks.values())
+                for n, members in enumerate(blocks)
             ],
             backend=self.backend,
             columns=None if in_order else columns,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from molora.errors import AttachError
@@ -49,6 +50,22 @@ class PairedCache(DynamicCache):
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.acting_BE is not None:
             self.acting_BE = change(self.acting_BE)
+
+
+def cache_of(arguments: Mapping[str, Any], model: nn.Module) -> PairedCache | None:
+    """The cache of a forward with these arguments, which from here on remembers more; None where
+    nothing is to be kept.
+
+    Raises:
+        AttachError: as `paired`.
+    """
+    config = getattr(model, "config", None)
+    cache, wanted = arguments.get("past_key_values"), arguments.get("use_cache")
+    if cache is None:
+        wanted = getattr(config, "use_cache", False) if wanted is None else wanted
+        if not wanted or torch.is_grad_enabled() or model.training:
+            return None
+    return paired(cache, config)
 
 
 def paired(cache: Any, config: Any) -> PairedCache:

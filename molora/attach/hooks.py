@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from molora.attach import checkpointing
-from molora.attach.caches import paired
+from molora.attach.caches import cache_of
 from molora.attach.invocation import Invocations, acting_positions
 from molora.attach.model_scope import FirstPass, GivenGates
 from molora.attach.packing import PackedRows
@@ -123,21 +123,23 @@ class ForwardHooks:
         inputs = self.arguments.inputs(args, kwargs)
         if inputs is None:
             raise AttachError("the model was called without input_ids or inputs_embeds.")
+        named, cache = self.arguments.by_name(args, kwargs), None
+        if self.invocations or isinstance(self.model_scope, FirstPass):
+            cache = cache_of(named, model)
         if self.invocations:
             if inputs.dim() != 2:
                 raise AttachError(
                     "an expert acts only after certain tokens (aLoRA), so that the model must be "
                     "called with input_ids, not with inputs_embeds."
                 )
-            cache = self.arguments.get(args, kwargs, "past_key_values")
-            cache = None if cache is None else paired(cache, getattr(model, "config", None))
             acting_BSE = acting_positions(inputs, self.invocations, cache)
             self.context.side = replace(self.context.side, acting=acting_BSE)
-        if self.model_scope is None:
-            return args, kwargs
         grid = (inputs.shape[0], inputs.shape[1])
-        named = self.arguments.by_name(args, kwargs)
-        changes = self.model_scope.decide(named, columns, grid)
+        if isinstance(self.model_scope, GivenGates):
+            self.model_scope.decide(columns, grid)
+        elif self.model_scope is not None:
+            self.model_scope.decide(named, grid, cache)
+        changes = {} if cache is None else {"past_key_values": cache}
         return self.arguments.replaced(args, kwargs, changes)
 
     def after(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molora.attach.caches import PairedCache, paired, remembered
+from molora.attach.caches import PairedCache, remembered
 from molora.errors import AttachError
 from molora.modules import ForwardContext, RoutingSite
 from molora.routing.classifier import HiddenStateClassifier
@@ -33,10 +33,8 @@ class GivenGates:
         self.site = site
         self.num_experts = num_experts
 
-    def decide(
-        self, arguments: Mapping[str, Any], columns: Mapping[str, Tensor], grid: tuple[int, int]
-    ) -> dict[str, Any]:
-        """Put the decision into the context; returns arguments of the model that change: none.
+    def decide(self, columns: Mapping[str, Tensor], grid: tuple[int, int]) -> None:
+        """Put the decision for the batch's positions into the context.
 
         Raises:
             AttachError: no gates, or gates that do not fit the batch.
@@ -50,7 +48,8 @@ class GivenGates:
                 f"(B, S, {self.num_experts})."
             )
         wrong = gates.dim() not in (2, 3) or gates.shape[-1] != self.num_experts
-        if wrong or (gates.dim() == 3 and gates.shape[1] != length) or batch % max(len(gates), 1):
+        wrong = wrong or len(gates) == 0 or batch % len(gates) != 0
+        if wrong or (gates.dim() == 3 and gates.shape[1] != length):
             raise AttachError(
                 f"{GATES} has shape {tuple(gates.shape)}, but the batch has {batch} rows of "
                 f"{length} positions and the mixture {self.num_experts} experts: it must be (B, E) "
@@ -62,7 +61,6 @@ class GivenGates:
         gates_BSE = gates.repeat_interleave(batch // len(gates), dim=0).float()
         context = self.site.context
         context.decisions[self.site.name] = self.site.decide_by(gates_BSE.flatten(0, 1), grid)
-        return {}
 
 
 class FirstPass:
@@ -95,7 +93,6 @@ class FirstPass:
     ) -> None:
         self.backbone = backbone_of(model)
         self.names = set(inspect.signature(type(self.backbone).forward).parameters) | set(FLASH)
-        self.config = getattr(model, "config", None)
         self.classifier = classifier
         self.sites = tuple(sites)
         self.context = context
@@ -104,25 +101,14 @@ class FirstPass:
         self.running = False
 
     def decide(
-        self, arguments: Mapping[str, Any], columns: Mapping[str, Tensor], grid: tuple[int, int]
-    ) -> dict[str, Any]:
-        """Run the first pass and put the decisions into the context; returns arguments of the model
-        that change: the cache, which is kept beside the first pass's own."""
-        cache = self._cache(arguments)
+        self, arguments: Mapping[str, Any], grid: tuple[int, int], cache: PairedCache | None
+    ) -> None:
+        """Run the first pass with the model's arguments and put its decisions into the context."""
         hidden_BSH = self._hidden(arguments, cache, grid)
         logits_TLE = self.classifier(hidden_BSH.flatten(0, 1))
         for number, site in enumerate(self.sites):
             decision = site.decide_by(logits_TLE[:, number], grid)
             self.context.decisions[site.name] = decision
-        return {} if cache is None else {"past_key_values": cache}
-
-    def _cache(self, arguments: Mapping[str, Any]) -> PairedCache | None:
-        cache, wanted = arguments.get("past_key_values"), arguments.get("use_cache")
-        if wanted is None:
-            wanted = getattr(self.config, "use_cache", False)
-        if cache is None and (not wanted or torch.is_grad_enabled() or self.backbone.training):
-            return None
-        return paired(cache, self.config)
 
     @torch.no_grad()
     def _hidden(
