@@ -111,9 +111,7 @@ def test_experts_are_added(encoder, other_encoder, centroids):
 
 
 def test_another_encoder_is_refused(other_encoder, centroids):
-    with pytest.raises(
-        ConfigError, match=r"made with the encoder .*tiny.* but .*other.* was"
-    ):
+    with pytest.raises(ConfigError, match=r"made with the encoder .*tiny.* but .*other.* was"):
         centroids.cosines(other_encoder, TEXTS)
 
 
