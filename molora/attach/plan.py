@@ -80,6 +80,7 @@ def make_plan(model: nn.Module, config: MixtureConfig) -> Plan:
     matches: list[Match] = []
     for group in config.groups:
         exact = isinstance(group.expert, Imported)
+        _check_targets_of_imported(group)
         group_matches = (match_paths if exact else match_targets)(model, group.targets)
         matches += group_matches
         for path in dict.fromkeys(path for match in group_matches for path in match.paths):
@@ -118,6 +119,18 @@ def _place(model: nn.Module, path: str, group: Group) -> Placement:
         in_features=in_features,
         out_features=out_features,
     )
+
+
+def _check_targets_of_imported(group: Group) -> None:
+    if not isinstance(group.expert, Imported):
+        return
+    adapted = {path for expert in group.expert.experts for path in expert.modules}
+    odd = sorted(adapted.symmetric_difference(group.targets))
+    if odd:
+        whose = "no target" if odd[0] in adapted else "adapted by none of them"
+        raise ConfigError(
+            f"targets of imported experts are the linears that they adapt, but {odd[0]} is {whose}."
+        )
 
 
 def _rank(group: Group, layer: Layer | None, path: str) -> int:
