@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,17 +35,28 @@ def compose(
         ),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="The base model, a directory or a hub name.")
+        str | None,
+        typer.Option(
+            help="The base model, a directory or a hub name; with --from not needed if its base is "
+            "a directory here."
+        ),
     ] = None,
     expert: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=DIR", help="A LoRA that package peft saved; may be given repeatedly."
+            "--expert",
+            "--add",
+            metavar="NAME=DIR",
+            help="A LoRA that package peft saved; may be given repeatedly.",
         ),
     ] = None,
     router: Annotated[
-        str, typer.Option(metavar="NAME", help="What decides; `molora methods` lists them.")
-    ] = "arrow",
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What decides; `molora methods` lists them. [arrow, or with --from the one there]",
+        ),
+    ] = None,
     missing: Annotated[
         str | None,
         typer.Option(
@@ -58,46 +70,73 @@ def compose(
     trainable: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="An expert that is trained on.")
     ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="DIR", help="A saved mixture, whose experts and router are kept."
+        ),
+    ] = None,
+    drop: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="With --from: an expert that goes.")
+    ] = None,
 ) -> None:
     """Make a mixture of LoRAs that others trained.
 
     The experts may differ in rank, scaling, dtype and linears. Their directories and the base are
-    only read.
+    only read. With --from the experts of a saved mixture come out of it as they are, frozen unless
+    --trainable names them, and learned routers keep what they know of experts that stay.
 
     \b
     Example:
       molora compose --base MODEL --expert math=DIR --expert code=DIR --router arrow --out DIR
       molora compose --base MODEL --expert math=DIR --expert code=DIR --out DIR router.top_k=2
+      molora compose --from DIR --add law=DIR2 --drop math --out DIR3
     """
     from molora import io
     from molora.cli.experts import read_table
     from molora.compose import load_experts
 
-    settings = _settings(base, router, new or (), overrides or ())
+    settings = _settings(base, source, router, new or (), overrides or ())
     directories = _directories(expert or ())
+    if drop and source is None:
+        raise ConfigError("--drop takes experts out of a saved mixture. Name it with --from.")
     io.check_writable(out)
-    experts = load_experts(directories)
-    for line in read_table(experts):
+    experts = load_experts(directories) if directories or source is None else None
+    for line in read_table(experts) if experts is not None else ():
         typer.echo(line)
     chosen = {"missing": missing, "trainable": trainable or ()}
-    mixture = _composed(settings, experts, chosen)
+    with _notes_printed():
+        if source is None:
+            assert experts is not None
+            mixture = _composed(settings, experts, chosen)
+        else:
+            mixture = _edited(source, settings, experts, {**chosen, "drop": drop or ()})
     mixture.save(out)
     typer.echo(f"The mixture is in {out}")
 
 
 def _settings(
-    base: str | None, router: str, new: Sequence[str], overrides: Sequence[str]
+    base: str | None,
+    source: Path | None,
+    router: str | None,
+    new: Sequence[str],
+    overrides: Sequence[str],
 ) -> dict[str, Any]:
     """Sections of settings: what options say, and what KEY=VALUE replaces of it."""
     from molora.compose.compose import NEW
     from molora.config.base import unknown_name
     from molora.presets.overrides import replaced
 
+    if source is not None:
+        from molora.generate.load import base_name
+
+        base = base_name(source, base)
     if base is None:
         raise ConfigError("--base is missing: the model that the experts were trained on.")
+    kept = router is None and source is not None
     settings: dict[str, Any] = {
         "model": {"name": base, "dtype": "auto"},
-        "router": {"kind": router},
+        "router": {} if kept else {"kind": router or "arrow"},
         "new": {name: {} for name in new},
         "mixture": {},
         "seed": 0,
@@ -160,24 +199,43 @@ def _directories(pairs: Sequence[str]) -> dict[str, str]:
 def _composed(
     settings: Mapping[str, Any], experts: FrozenExperts, chosen: Mapping[str, Any]
 ) -> Mixture:
-    """The mixture on its base; notes are printed."""
-    from molora.cli.experts import harmless
     from molora.compose import compose as put_together
+
+    model = _model(settings)
+    return put_together(model, experts, router=settings["router"], **_keywords(settings), **chosen)
+
+
+def _edited(
+    source: Path,
+    settings: Mapping[str, Any],
+    add: FrozenExperts | None,
+    chosen: Mapping[str, Any],
+) -> Mixture:
+    from molora.attach import load
+    from molora.compose.edit import edited
+
+    mixture = load(_model(settings), source)
+    return edited(mixture, add=add, router=settings["router"], **_keywords(settings), **chosen)
+
+
+def _keywords(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"new": settings["new"], "seed": settings["seed"], **settings["mixture"]}
+
+
+def _model(settings: Mapping[str, Any]) -> Any:
     from molora.config.run import ModelConfig
     from molora.train.loading import load_model
 
-    model = load_model(ModelConfig.parse(settings["model"]))
+    return load_model(ModelConfig.parse(settings["model"]))
+
+
+@contextmanager
+def _notes_printed() -> Iterator[None]:
+    """Print what is warned of inside, each once."""
+    from molora.cli.experts import harmless
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        mixture = put_together(
-            model,
-            experts,
-            router=settings["router"],
-            new=settings["new"],
-            seed=settings["seed"],
-            **chosen,
-            **settings["mixture"],
-        )
+        yield
     for text in dict.fromkeys(str(warning.message) for warning in caught):
         typer.echo(f"note     {harmless(text)}")
-    return mixture

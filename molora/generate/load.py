@@ -47,13 +47,18 @@ def load_for_generation(adapter: Path, *, model: str | None = None, dtype: str =
     """
     if dtype not in _DTYPES:
         raise ConfigError(unknown_name("dtype", dtype, list(_DTYPES)))
-    name = _base_name(adapter, model)
+    name = base_name(adapter, model)
     base, tokenizer = _load_base(name, dtype)
     base.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     return Loaded(base, tokenizer, load(base, adapter))
 
 
-def _base_name(adapter: Path, model: str | None) -> str:
+def base_name(adapter: Path, model: str | None) -> str:
+    """What to load as the base model: `model`, or what the mixture names if it is a directory here.
+
+    Raises:
+        CheckpointError: a damaged mixture, or one whose base has to be fetched.
+    """
     trained_on = io.read_manifest(adapter).base.name
     if model is not None or Path(trained_on).is_dir():
         return model or trained_on

@@ -103,6 +103,63 @@ def test_prompts_of_unequal_length_generate_together_as_alone(
     assert together.out == "".join(f"> {p}\n{text}" for p, text in zip(prompts, alone, strict=True))
 
 
+def test_experts_are_added_and_dropped_without_their_directories(
+    molora: Callable[..., Any],
+    base: Path,
+    experts: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    copies = {n: shutil.copytree(p, tmp_path / n) for n, p in experts.items()}
+    first = [part for n in ("math", "law") for part in ("--expert", f"{n}={copies[n]}")]
+    options = ["--router", "arrow", "--out", tmp_path / "one", "router.temperature=2"]
+    assert molora("compose", "--base", base, *first, *options).code == 0
+    shutil.rmtree(copies["math"])
+    shutil.rmtree(copies["law"])
+    edit = ["--from", tmp_path / "one", "--add", f"code={copies['code']}", "--drop", "math"]
+    outcome = molora("compose", *edit, "--out", tmp_path / "two")
+    assert outcome.code == 0, outcome.err
+    router = {"kind": "arrow", "temperature": 2.0, "top_k": 2}
+    expected = composed(base, {name: experts[name] for name in ("law", "code")}, router=router)
+    found = package.load(AutoModelForCausalLM.from_pretrained(base), tmp_path / "two")
+    assert found.config == expected.config
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=1e-6)
+    # settings of the router that is there, in the same place
+    one = ["compose", "--from", tmp_path / "two", "--out", tmp_path / "two", "router.top_k=1"]
+    assert molora(*one).code == 0
+    found = package.load(AutoModelForCausalLM.from_pretrained(base), tmp_path / "two")
+    assert found.config.groups[0].select.k.value == 1  # type: ignore[union-attr]
+    assert found.config.groups[0].router.temperature == 2.0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--drop", "maths"], "Close names: math"),
+        (["--add", "math={code}"], "is called 'math' already"),
+        (["--new", "x"], "router arrow is made from the experts' factors"),
+        (["router.topk=1"], "Close names: top_k"),
+        (["--base", "nowhere"], "cannot be loaded"),
+        (["mixture.train_modules=[lm_heda]"], "lm_head"),
+    ],
+)
+def test_an_edit_that_cannot_be_writes_nothing(
+    molora: Callable[..., Any],
+    given: list[Any],
+    experts: dict[str, Path],
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert molora("compose", *given, "--out", tmp_path / "one").code == 0
+    arguments = [argument.replace("{code}", str(experts["code"])) for argument in arguments]
+    edit = ["compose", "--from", tmp_path / "one", "--out", tmp_path / "two"]
+    outcome = molora(*edit, *arguments)
+    assert (outcome.code, outcome.err.count("Error")) == (2, 1)
+    assert message in outcome.err
+    assert not (tmp_path / "two").exists()
+    assert "Name it with --from" in molora("compose", *given, "--drop", "math", *edit[3:]).err
+
+
 def test_inspect_shows_experts_with_their_origin_the_router_and_ragged_layers(
     molora: Callable[..., Any], given: list[Any], experts: dict[str, Path], tmp_path: Path
 ) -> None:
