@@ -49,9 +49,7 @@ class UpdateNormRouter(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = wide(x_TD)
             if self.weight is None or self.preselect is None:
-                z_TP = x_TD @ self.factor.to(x_TD.dtype).flatten(0, 1).T
-                norms_TE = z_TP.unflatten(1, (-1, self.rank)).norm(dim=-1)
-                return norms_TE / self.temperature
+                return self._norms(x_TD) / self.temperature
             near_TE = (x_TD @ self.weight.to(x_TD.dtype).T).abs()
             present_E = getattr(self, "present", None)
             if present_E is not None:  # ties, as for an input of 0, must not leave a row nobody
@@ -60,8 +58,15 @@ class UpdateNormRouter(nn.Module):
             norms_TK = self._norms_of(x_TD, index_TK) / self.temperature
             return torch.full_like(near_TE, -torch.inf).scatter(1, index_TK, norms_TK)
 
+    def _norms(self, x_TD: Tensor) -> Tensor:
+        """(T, E): the norms for all experts."""
+        z_TP = x_TD @ self.factor.to(x_TD.dtype).flatten(0, 1).T
+        return z_TP.unflatten(1, (-1, self.rank)).norm(dim=-1)
+
     def _norms_of(self, x_TD: Tensor, index_TK: Tensor) -> Tensor:
         """(T, K): the norms for the chosen experts alone, each over the rows that chose it."""
+        if torch.compiler.is_compiling():  # torch compiles no grouped product of float32
+            return self._norms(x_TD).gather(1, index_TK)
         plan = plan_rows(index_TK, self.num_experts, grouping="slot")
         factor_EDR = self.factor.to(x_TD.dtype).transpose(1, 2)
         z_NR = grouped_product(x_TD.index_select(0, plan.order_N), factor_EDR, plan.offsets_G)
