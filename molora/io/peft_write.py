@@ -105,7 +105,7 @@ def write_adapters(root: Path, adapters: Mapping[str, Adapter]) -> None:
     """
     check_adapter_names(adapters, {path for one in adapters.values() for path in one.modules})
     for name in adapters:
-        _check_free(root / name)
+        check_free(root / name)
     for name, adapter in adapters.items():
         write_adapter(
             root / name,
@@ -145,7 +145,7 @@ def write_adapter(
             than float32, float16 and bfloat16.
         ConfigError: scalings or parts that such a directory cannot say.
     """
-    _check_free(directory)
+    check_free(directory)
     config = adapter_config(modules, leaf_targets=leaf_targets)
     config |= {
         "base_model_name_or_path": base,
@@ -160,20 +160,25 @@ def write_adapter(
         save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
 
     try:
-        _put_directory(directory, write)
+        put_directory(directory, write)
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be written: {error}.") from None
 
 
-def _check_free(directory: Path) -> None:
+def check_free(directory: Path) -> None:
+    """Raise CheckpointError unless the place is new or an empty directory."""
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         raise CheckpointError(f"{directory} is no directory. Give another place.")
     if directory.is_dir() and any(directory.iterdir()):
         raise CheckpointError(f"{directory} is not empty. Give another place, or remove it.")
 
 
-def _put_directory(directory: Path, write: Callable[[Path], object]) -> None:
-    """Fill a directory beside the place under a temporary name, flush it, and rename it."""
+def put_directory(directory: Path, write: Callable[[Path], object]) -> None:
+    """Fill a directory beside the place under a temporary name, flush it, and rename it.
+
+    Raises:
+        OSError: from writing; nothing is left behind.
+    """
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.parent / f".molora.{secrets.token_hex(8)}.partial"
     try:
