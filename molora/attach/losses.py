@@ -7,7 +7,15 @@ from functools import partial
 
 from torch import Tensor
 
-from molora.config import Importance, LoadBalance, LocalizedBalance, Loss, MixtureConfig, RouterZ
+from molora.config import (
+    Importance,
+    LoadBalance,
+    LocalizedBalance,
+    Loss,
+    MixtureConfig,
+    RouterZ,
+    TaskCrossEntropy,
+)
 from molora.losses import WeightedTerm, terms
 from molora.losses.total import Term
 from molora.routing import Routing
@@ -31,10 +39,9 @@ def weighted_terms(config: MixtureConfig) -> tuple[WeightedTerm, ...]:
 
 def required_columns(config: MixtureConfig) -> tuple[str, ...]:
     """Columns that a training batch must have."""
-    localized = any(
-        isinstance(loss.term, LocalizedBalance) and loss.coefficient for loss in config.losses
-    )
-    return ("task_types",) if localized else ()
+    kinds = {type(loss.term) for loss in config.losses if loss.coefficient}
+    needed = {LocalizedBalance: "task_types", TaskCrossEntropy: "expert_labels"}
+    return tuple(column for kind, column in needed.items() if kind in kinds)
 
 
 def _term(loss: Loss) -> Term:
@@ -45,6 +52,8 @@ def _term(loss: Loss) -> Term:
             return partial(_localized, delta)
         case Importance():
             return partial(_without_side, terms.importance)
+        case TaskCrossEntropy():
+            return _of_experts
         case RouterZ():
             return partial(_without_side, terms.router_z)
         case _:
@@ -57,3 +66,7 @@ def _without_side(term: terms.RecordTerm, record: Routing, side: Mapping[str, Te
 
 def _localized(delta: float, record: Routing, side: Mapping[str, Tensor]) -> Tensor:
     return terms.localized_balance(record, delta=delta, task_types_B=side["task_types"])
+
+
+def _of_experts(record: Routing, side: Mapping[str, Tensor]) -> Tensor:
+    return terms.task_cross_entropy(record, expert_labels_B=side["expert_labels"])

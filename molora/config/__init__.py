@@ -10,6 +10,7 @@ from molora.config.losses import (
     Loss,
     RouterZ,
     RoutingEntropy,
+    TaskCrossEntropy,
 )
 from molora.config.mixture import FFNSite, Group, LinearSite, MixtureConfig, TokenRows
 from molora.config.routing import (
@@ -69,6 +70,7 @@ __all__ = [
     "SharedA",
     "Sigmoid",
     "Softmax",
+    "TaskCrossEntropy",
     "Threshold",
     "TokenRows",
     "TopK",

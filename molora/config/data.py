@@ -11,7 +11,7 @@ from pydantic_core import CoreSchema
 
 from molora.config.base import Frozen
 
-SIDE_COLUMNS = ("task_types", "task_ids", "cluster_ids")
+SIDE_COLUMNS = ("task_types", "task_ids", "cluster_ids", "expert_labels")
 """Columns of a batch, one number per sequence, that are for the mixture and not for the base."""
 
 
@@ -36,6 +36,8 @@ class Columns(Frozen):
     """Holds LoRAMoE's task type, a number."""
     cluster_ids: str | None = None
     """Holds the row's cluster, a number."""
+    expert_labels: str | None = None
+    """Holds the number of the expert that the row belongs to."""
     label: str | None = None
     """Holds the right one of ``choices``."""
     choices: str | None = None
@@ -69,6 +71,9 @@ class DataSource(Frozen):
     cluster_ids: int | None = Field(default=None, ge=0)
     """The cluster of every row, as a method routed by clusters counts them, instead of a column
     ``cluster_ids``."""
+    expert_labels: int | None = Field(default=None, ge=0)
+    """The number of the expert that every row belongs to, counted from 0, instead of a column
+    ``expert_labels``."""
     rows: int | None = Field(default=None, ge=1)
     """Read only the first so many rows."""
     weight: PositiveFloat | None = None

@@ -57,8 +57,16 @@ class RoutingEntropy(Frozen):
     kind: Literal["routing_entropy"] = "routing_entropy"
 
 
+class TaskCrossEntropy(Frozen):
+    """Mean cross entropy in nats of softmax(logits) with the expert that a row's sequence belongs
+    to (MeteoRA, 2405.13053; MoA, 2403.03432); log E at equal logits. Needs `expert_labels` in the
+    batch: one number of an expert per sequence, -100 for one that belongs to none."""
+
+    kind: Literal["task_cross_entropy"] = "task_cross_entropy"
+
+
 Term = Annotated[
-    LoadBalance | Importance | LocalizedBalance | RouterZ | RoutingEntropy,
+    LoadBalance | Importance | LocalizedBalance | RouterZ | RoutingEntropy | TaskCrossEntropy,
     Field(discriminator="kind"),
 ]
 
@@ -78,10 +86,14 @@ class Loss(Frozen):
     """Count only tokens that are not padding, or all, as some authors' code does."""
 
     @model_validator(mode="after")
-    def _localized_balance_is_per_site(self) -> Self:
-        if isinstance(self.term, LocalizedBalance) and self.scope != "site":
+    def _terms_of_sequences_are_per_site(self) -> Self:
+        by_sequence = {
+            LocalizedBalance: "localized balance",
+            TaskCrossEntropy: "task cross entropy",
+        }
+        if type(self.term) in by_sequence and self.scope != "site":
             raise ValueError(
-                f"scope={self.scope!r} pools sites, but the localized balance loss needs the rows "
-                "of one site in their sequences. Use scope='site'."
+                f"scope={self.scope!r} pools sites, but the {by_sequence[type(self.term)]} loss "
+                "needs the rows of one site in their sequences. Use scope='site'."
             )
         return self

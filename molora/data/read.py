@@ -137,7 +137,8 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
 def _number_columns(source: DataSource) -> list[str]:
     """The names that the source has for the columns of whole numbers."""
     names = source.columns or Columns()
-    return [names.task_types or "task_types", names.cluster_ids or "cluster_ids"]
+    numbers = ("task_types", "cluster_ids", "expert_labels")
+    return [getattr(names, name) or name for name in numbers]
 
 
 def _csv(path: Path, number_columns: Sequence[str]) -> Iterator[tuple[str, Any]]:

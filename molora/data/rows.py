@@ -31,6 +31,7 @@ class Row:
     task: str | None = None
     task_types: int | None = None
     cluster_ids: int | None = None
+    expert_labels: int | None = None
     label: str | None = None
     """The right one of ``choices``."""
     choices: tuple[str, ...] | None = None
@@ -80,6 +81,7 @@ def check_row(fields: Any, where: str, source: DataSource, body: Body = to_learn
         task=_task(present, where, source),
         task_types=_number(present, "task_types", source.task_types, where),
         cluster_ids=_number(present, "cluster_ids", source.cluster_ids, where),
+        expert_labels=_number(present, "expert_labels", source.expert_labels, where),
         label=label,
         choices=choices,
         **body(present, where),

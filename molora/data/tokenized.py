@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Examples that are Python lists at one time; Arrow then holds them at 4 bytes a token and column.
 _CHUNK = 1000
-_NUMBERS = ("task_types", "cluster_ids")
+_NUMBERS = ("task_types", "cluster_ids", "expert_labels")
 
 
 @dataclass
@@ -93,8 +93,8 @@ class Form:
 @dataclass(frozen=True)
 class Tokenized:
     """Datasets with the columns ``input_ids``, ``labels`` and, where the rows have them,
-    ``task_ids`` (the place of the row's task in ``tasks``), ``task_types`` and ``cluster_ids``.
-    ``train`` holds the examples of one epoch."""
+    ``task_ids`` (the place of the row's task in ``tasks``), ``task_types``, ``cluster_ids`` and
+    ``expert_labels``. ``train`` holds the examples of one epoch."""
 
     train: Dataset
     train_counts: Counts

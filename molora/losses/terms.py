@@ -17,6 +17,8 @@ from molora.routing import statistics
 from molora.routing.record import Routing
 
 RecordTerm = Callable[[Routing], Tensor]
+NO_LABEL = -100
+"""Label of a sequence that belongs to no expert."""
 
 
 def load_balance(
@@ -74,6 +76,62 @@ def localized_balance(record: Routing, *, delta: float, task_types_B: Tensor) ->
     raised_BE = task_types_B[:, None].bool() == first_half_E
     z_N = (mass_BE * torch.where(raised_BE, 1 + delta, 1 - delta)).flatten()
     return z_N.var(unbiased=True) / (z_N.mean() ** 2 + 1e-10)
+
+
+def task_cross_entropy(record: Routing, *, expert_labels_B: Tensor) -> Tensor:
+    """Mean over rows with a label of −log softmax(logits)[label]; log E at equal logits.
+
+    A row has its sequence's label; −100 is none, and so is an expert that cannot be chosen here
+    (logit −∞). As MeteoRA's code (2405.13053), which counts padding too, and MoA (2403.03432).
+
+    Raises:
+        ConfigError: labels that are not one value per sequence, or of no expert (looked at on the
+            CPU only, since reading values would wait for the device); a router without logits.
+    """
+    if record.logits is None:
+        raise ConfigError(
+            "the task cross entropy compares logits with labels, but this router's gates do not "
+            "come from logits. Leave the loss out."
+        )
+    label_T = _by_row(record, expert_labels_B)
+    known_T = label_T != NO_LABEL
+    index_T = torch.where(known_T, label_T, 0)
+    if index_T.device.type == "cpu" and not torch.compiler.is_compiling():
+        lowest, highest = (int(v) for v in torch.aminmax(index_T)) if index_T.numel() else (0, 0)
+        if lowest < 0 or highest >= record.num_experts:
+            raise ConfigError(
+                f"expert_labels has {lowest if lowest < 0 else highest}, but the experts are 0 to "
+                f"{record.num_experts - 1}; {NO_LABEL} is none."
+            )
+    found_T = torch.log_softmax(record.logits, dim=-1).gather(1, index_T[:, None])[:, 0]
+    counts_T = known_T & found_T.isfinite()
+    weight_T = counts_T * record.valid_rows()
+    # a product with 0 would leave the NaN of an infinite logit in the gradient
+    return -(torch.where(counts_T, found_T, 0) * weight_T).sum() / weight_T.sum().clamp_min(1)
+
+
+def _by_row(record: Routing, values_B: Tensor) -> Tensor:
+    """(rows,) int64: the value of each row's sequence, NO_LABEL for padding between packed ones.
+
+    Raises:
+        ConfigError: as `_mass_by_sequence`.
+    """
+    found = tuple(values_B.shape)
+    if record.segment_ids is None:
+        sequences = record.grid[:1]
+        if found == sequences:
+            rows = record.scores.shape[0]
+            return values_B.repeat_interleave(rows // max(1, found[0]), output_size=rows)
+    else:
+        on_cpu = record.segment_ids.device.type == "cpu"
+        sequences = (int(record.segment_ids.max()),) if on_cpu else found
+        if len(found) == 1 and found == sequences:
+            none = values_B.new_full((1,), NO_LABEL)
+            return torch.cat([none, values_B])[record.segment_ids]
+    raise ConfigError(
+        f"expert_labels has shape {found}, but the task cross entropy needs one value per "
+        f"sequence, {sequences}."
+    )
 
 
 def _mass_by_sequence(record: Routing, task_types_B: Tensor) -> Tensor:

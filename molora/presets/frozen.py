@@ -125,12 +125,37 @@ def linear(
     return {"site": site, "router": router, "select": _select(names, top_k, published=2)}
 
 
-def meteora(names: Sequence[str], *, top_k: TopK = None, temperature: float = 1.0) -> Recipe:
+def meteora(
+    names: Sequence[str], *, top_k: TopK = None, temperature: float = 1.0, label_loss: float = 0.0
+) -> Recipe:
     """MeteoRA: a learned gate at every linear, softmax over its 2 largest logits (2405.13053).
 
-    Experts are frozen as in the paper; the authors' script trains them too.
+    Experts are frozen as in the paper; the authors' script trains them too. There `label_loss`, the
+    coefficient of the cross entropy between every gate's logits and the sequence's expert, is 50;
+    it needs `expert_labels` in training batches.
     """
-    return linear(names, top_k=top_k, temperature=temperature)
+    recipe = linear(names, top_k=top_k, temperature=temperature)
+    return {**recipe, "losses": _label_losses(label_loss)}
+
+
+def moa(names: Sequence[str], *, top_k: Literal[1, "all"] = 1, label_loss: float = 1.0) -> Recipe:
+    """Mixture-of-LoRAs: one router for each layer, taught by the cross entropy with the sequence's
+    expert beside the task loss (2403.03432). Experts may be trained on.
+
+    top_k 1: the best expert alone with gate 1, which only the label loss teaches the router;
+    "all": softmax over all. The paper's coefficient and its router's input are [unverified].
+    Training needs `expert_labels` in the batch, unless `label_loss` is 0.
+    """
+    if top_k not in (1, "all"):
+        raise ConfigError(f"router.top_k={top_k!r}: a mixture of LoRAs takes 1 or 'all'.")
+    recipe = linear(names, top_k="all", scope="layer")
+    select = {"kind": "unit_top1"} if top_k == 1 else {"kind": "dense"}
+    return {**recipe, "select": select, "losses": _label_losses(label_loss)}
+
+
+def _label_losses(coefficient: float) -> list[dict[str, Any]]:
+    term = {"kind": "task_cross_entropy"}
+    return [{"term": term, "coefficient": coefficient}] if coefficient else []
 
 
 def lora_flow(names: Sequence[str], *, temperature: float = 1.0) -> Recipe:
@@ -233,6 +258,7 @@ ROUTERS: dict[str, Callable[..., Recipe]] = {
     "average_activation": average_activation,
     "linear": linear,
     "meteora": meteora,
+    "moa": moa,
     "lora_flow": lora_flow,
     "hard_top1": hard_top1,
     "xlora": xlora,

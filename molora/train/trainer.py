@@ -20,8 +20,8 @@ from molora.train.per_token import per_token
 class SFTTrainer(MixtureTrainerMixin, trl.SFTTrainer):
     """TRL's SFTTrainer for a model that carries a mixture; see `MixtureTrainerMixin`.
 
-    Columns ``task_ids``, ``task_types`` and ``cluster_ids`` of the data sets reach the mixture,
-    also through TRL's own collators.
+    Columns ``task_ids``, ``task_types``, ``cluster_ids`` and ``expert_labels`` of the data sets
+    reach the mixture, also through TRL's own collators.
 
     Raises:
         AttachError: besides the mixin's, experts on the LM head, which TRL's loss reads past.

@@ -71,7 +71,7 @@ def test_the_direction_of_an_expert_is_its_first_right_singular_vector(tmp_path:
 
 
 def test_fixed_weights_are_those_of_an_exact_merge_by_peft(tmp_path: Path) -> None:
-    dirs = save_set(tmp_path, dict.fromkeys(PLAIN, {"target_modules": ["q_proj", "down_proj"]}))
+    dirs = save_set(tmp_path, {name: {"target_modules": ["q_proj", "down_proj"]} for name in PLAIN})
     weights = {"math": 0.7, "code": -0.4, "law": 1.3}
     model = tiny("llama")
     molora.compose(model, molora.load_experts(dirs), router={"kind": "fixed", "weights": weights})

@@ -37,7 +37,7 @@ def rows_of(path: Path, **source: Any) -> list[Row]:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "csv"])
 def test_every_format_gives_the_same_rows(tmp_path, suffix):
-    numbers = {"task_types": 1, "cluster_ids": 15}
+    numbers = {"task_types": 1, "cluster_ids": 15, "expert_labels": 3}
     rows = [
         {"prompt": "01", "completion": "NA", "task": "x", **numbers},
         {"prompt": "2024-01-01", "completion": "null", "task": "y", **numbers, "task_types": 0},

@@ -55,7 +55,7 @@ def test_task_numbers_follow_sorted_names_over_train_and_eval(tmp_path, smollm2_
     assert result.eval["task_ids"][:] == [0]
 
 
-@pytest.mark.parametrize("column", ["task_types", "cluster_ids"])
+@pytest.mark.parametrize("column", ["task_types", "cluster_ids", "expert_labels"])
 def test_numbers_are_a_column_only_where_rows_have_them(tmp_path, smollm2_tokenizer, column):
     rows = [*pairs(1, **{column: 1}), *pairs(2, **{column: 0})]
     config = {
@@ -69,7 +69,7 @@ def test_numbers_are_a_column_only_where_rows_have_them(tmp_path, smollm2_tokeni
     assert column not in result.eval.column_names
 
 
-@pytest.mark.parametrize("column", ["task", "task_types", "cluster_ids"])
+@pytest.mark.parametrize("column", ["task", "task_types", "cluster_ids", "expert_labels"])
 def test_a_column_in_some_rows_only_is_refused(tmp_path, smollm2_tokenizer, column):
     value = "x" if column == "task" else 1
     with_it = write(tmp_path / "with.jsonl", pairs(1, **{column: value}))

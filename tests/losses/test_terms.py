@@ -20,6 +20,7 @@ from molora.routing import LinearRouter, Routing, concatenate
 
 FORMS = ["normalized", "slots", "switch", "unscaled"]
 TASK_TYPES = torch.tensor([1, 0, 1])
+LABELS = torch.tensor([2, 0, 3])
 
 TERMS: dict[str, Callable[[Routing], Tensor]] = {
     **{form: partial(terms.load_balance, form=form) for form in FORMS},
@@ -27,7 +28,9 @@ TERMS: dict[str, Callable[[Routing], Tensor]] = {
     "localized_balance": partial(terms.localized_balance, delta=0.2, task_types_B=TASK_TYPES),
     "router_z": terms.router_z,
     "routing_entropy": terms.routing_entropy,
+    "task_cross_entropy": partial(terms.task_cross_entropy, expert_labels_B=LABELS),
 }
+BY_SEQUENCE = ("localized_balance", "task_cross_entropy")
 all_terms = pytest.mark.parametrize("name", TERMS)
 
 
@@ -166,6 +169,86 @@ def test_routing_entropy_is_log_e_when_uniform_and_0_when_collapsed():
     assert single.item() == pytest.approx(0, abs=1e-6)
 
 
+# ------------------------------------------------------------------ labels of experts
+
+
+def cross_entropy_by_hand(logits: list[list[list[float]]], labels: list[int]) -> float:
+    """Mean over the tokens of labelled sequences of log Σ exp − the label's logit."""
+    values = [
+        math.log(sum(math.exp(logit) for logit in row)) - row[label]
+        for sequence, label in zip(logits, labels, strict=True)
+        for row in sequence
+        if label != -100
+    ]
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("labels", [[2, 0, 3], [1, -100, 3]])
+def test_task_cross_entropy_is_its_formula_over_ragged_sequences(labels):
+    logits_BSE = torch.randn(3, 5, 4, dtype=torch.float64)
+    lengths = [5, 2, 4]
+    mask_BS = torch.arange(5) < torch.tensor(lengths)[:, None]
+    record = dense_record(logits_BSE.flatten(0, 1), mask=mask_BS.flatten(), grid=(3, 5))
+    ragged = [logits_BSE[b, :length].tolist() for b, length in enumerate(lengths)]
+    labels_B = torch.tensor(labels)
+    value = terms.task_cross_entropy(record, expert_labels_B=labels_B).item()
+    assert value == pytest.approx(cross_entropy_by_hand(ragged, labels), rel=1e-6)
+    rolled = terms.task_cross_entropy(record, expert_labels_B=labels_B.roll(1)).item()
+    assert value != pytest.approx(rolled, rel=1e-3)
+    flat = replace(record, logits=torch.zeros(15, 4))
+    found = terms.task_cross_entropy(flat, expert_labels_B=labels_B).item()
+    assert found == pytest.approx(math.log(4))
+
+
+def test_task_cross_entropy_of_packed_sequences_is_that_of_the_same_ones_apart():
+    logits_NE = torch.randn(9, 4, dtype=torch.float64)
+    segments = torch.tensor([1, 1, 2, 2, 2, 0, 3, 3, 0])
+    record = replace(dense_record(logits_NE, mask=segments > 0), segment_ids=segments)
+    apart = [logits_NE[segments == n].tolist() for n in (1, 2, 3)]
+    value = terms.task_cross_entropy(record, expert_labels_B=LABELS).item()
+    assert value == pytest.approx(cross_entropy_by_hand(apart, LABELS.tolist()), rel=1e-6)
+    with pytest.raises(ConfigError, match="one value per sequence"):
+        terms.task_cross_entropy(record, expert_labels_B=LABELS[:2])
+
+
+def test_an_expert_that_cannot_be_chosen_is_no_label():
+    logits_TE = torch.randn(6, 4, dtype=torch.float64)
+    absent_TE = logits_TE.clone()
+    absent_TE[:, 3] = -torch.inf
+    leaf = absent_TE.requires_grad_()
+    record = replace(dense_record(leaf), grid=(3, 2))
+    value = terms.task_cross_entropy(record, expert_labels_B=LABELS)
+    rows = [[row[:3] for row in logits_TE[2 * b : 2 * b + 2].tolist()] for b in range(3)]
+    assert value.item() == pytest.approx(cross_entropy_by_hand(rows, [2, 0, -100]), rel=1e-6)
+    value.backward()
+    assert leaf.grad.isfinite().all()
+    assert leaf.grad[:4].abs().max() > 1e-3
+    assert not leaf.grad[4:].any()
+    nobody = terms.task_cross_entropy(record, expert_labels_B=torch.full((3,), -100))
+    assert nobody.item() == 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.zeros(2, dtype=torch.int64), "one value per sequence"),
+        (torch.zeros(3, 1, dtype=torch.int64), "one value per sequence"),
+        (torch.tensor([0, 4, 1]), "expert_labels has 4, but the experts are 0 to 3"),
+        (torch.tensor([0, -1, 1]), "expert_labels has -1"),
+    ],
+)
+def test_labels_that_are_of_no_expert_are_refused(labels, message):
+    record = dense_record(torch.zeros(6, 4), grid=(3, 2))
+    with pytest.raises(ConfigError, match=message):
+        terms.task_cross_entropy(record, expert_labels_B=labels)
+
+
+def test_gates_without_logits_have_no_cross_entropy():
+    record = replace(dense_record(torch.zeros(6, 4), grid=(3, 2)), logits=None)
+    with pytest.raises(ConfigError, match="do not come from logits"):
+        terms.task_cross_entropy(record, expert_labels_B=LABELS)
+
+
 # ------------------------------------------------------------------ LoRAMoE's constraint
 
 
@@ -298,7 +381,7 @@ def test_gradient_is_finite_however_peaked_the_router(name, scale):
     assert torch.isfinite(logits_BSE.grad).all()
 
 
-@pytest.mark.parametrize("name", [term for term in TERMS if term != "localized_balance"])
+@pytest.mark.parametrize("name", [t for t in TERMS if t not in BY_SEQUENCE])
 def test_rows_of_several_calls_are_pooled_as_one(name):
     logits_TE = torch.randn(9, 4)
     parts = [top_k_record(part, 2) for part in logits_TE.split([2, 4, 3])]
