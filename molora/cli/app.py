@@ -14,6 +14,7 @@ from molora.cli.bench import bench
 from molora.cli.compose import compose
 from molora.cli.data import data
 from molora.cli.doctor import declared, doctor
+from molora.cli.export import export
 from molora.cli.generate import chat, generate
 from molora.cli.inspect import inspect
 from molora.cli.listing import methods, schema
@@ -61,7 +62,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (train, compose, generate, chat, inspect, methods, schema, doctor, bench):
+for command in (train, compose, generate, chat, inspect, export, methods, schema, doctor, bench):
     app.command()(command)
 app.add_typer(data, name="data")
 

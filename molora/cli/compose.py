@@ -123,6 +123,7 @@ def _settings(
     overrides: Sequence[str],
 ) -> dict[str, Any]:
     """Sections of settings: what options say, and what KEY=VALUE replaces of it."""
+    from molora.cli.settings import check_values
     from molora.compose.compose import NEW
     from molora.config.base import unknown_name
     from molora.presets.overrides import replaced
@@ -146,7 +147,7 @@ def _settings(
         if section not in SECTIONS:
             raise ConfigError(unknown_name("section", section, list(SECTIONS)))
         if section != "seed":
-            _check_values(section, value, {})
+            check_values(section, value, {})
     from molora.config import MixtureConfig
 
     known = [name for name in ("dropout", *MixtureConfig.model_fields) if name not in OWN]
@@ -156,8 +157,8 @@ def _settings(
     if not isinstance(settings["seed"], int) or settings["seed"] < 0:
         raise ConfigError(f"seed={settings['seed']!r}: it is an integer from 0 on.")
     for name, values in settings["new"].items():
-        _check_values(f"new.{name}", values, dict.fromkeys(NEW, float))
-    _check_values("router", settings["router"], _types_of(settings["router"].get("kind")))
+        check_values(f"new.{name}", values, dict.fromkeys(NEW, float))
+    check_values("router", settings["router"], _types_of(settings["router"].get("kind")))
     return settings
 
 
@@ -168,20 +169,6 @@ def _types_of(router: Any) -> dict[str, Any]:
     from molora.presets.frozen import ROUTERS
 
     return get_type_hints(ROUTERS[router]) if isinstance(router, str) and router in ROUTERS else {}
-
-
-def _check_values(section: str, values: Any, types: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a value that is not of its type; names are checked elsewhere."""
-    from pydantic import TypeAdapter, ValidationError
-
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{section}={values!r}: give its settings, as {section}.KEY=VALUE.")
-    for name, value in values.items():
-        try:
-            TypeAdapter(types.get(name, Any)).validate_python(value)
-        except ValidationError as error:
-            reason = error.errors(include_url=False)[0]["msg"]
-            raise ConfigError(f"{section}.{name}={value!r}: {reason}.") from None
 
 
 def _directories(pairs: Sequence[str]) -> dict[str, str]:

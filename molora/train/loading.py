@@ -83,6 +83,15 @@ def _dtype(config: ModelConfig) -> torch.dtype:
     if config.dtype != "auto":
         named: torch.dtype = getattr(torch, config.dtype)
         return named
+    return stored_dtype(config)
+
+
+def stored_dtype(config: ModelConfig) -> torch.dtype:
+    """In which the base's files have it.
+
+    Raises:
+        ConfigError: as `load_model`.
+    """
     with _reported(config):
         settings = AutoConfig.from_pretrained(
             config.name, revision=config.revision, **_NO_FOREIGN_CODE

@@ -19,8 +19,8 @@ from molora.errors import AttachError
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = [
-    *("train", "compose", "generate", "chat", "inspect", "methods", "schema", "doctor", "bench"),
-    "data",
+    *("train", "compose", "generate", "chat", "inspect", "export", "methods", "schema", "doctor"),
+    *("bench", "data"),
 ]
 
 
