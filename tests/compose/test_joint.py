@@ -239,9 +239,9 @@ def test_what_cannot_be_compressed(tmp_path: Path) -> None:
         compress(molora.load_experts({"a": tmp_path / "a"}), 2)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_experts_that_resemble_each_other_need_no_more_than_one(seed: int) -> None:
+@pytest.mark.parametrize("noise", [0.0, 0.03])
+def test_experts_that_resemble_each_other_need_no_more_than_one(noise: float) -> None:
     """Where the leading pairs of each are copies of few, of which a start must not be made."""
-    A, B = random(3, D, seed=seed), random(F, 3, seed=seed + 9)
-    modules = [module(A, B + 0.03 * random(F, 3, seed=100 * seed + e), 1 + e / 9) for e in range(8)]
+    A, B = random(3, D), random(F, 3, seed=9)
+    modules = [module(A, B + noise * random(F, 3, seed=100 + e), 1 + e / 9) for e in range(8)]
     assert max(compress(experts_of(*modules), 3, kind="diagonal").errors.values()) < 0.05
