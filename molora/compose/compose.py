@@ -123,6 +123,12 @@ def composed_config(
 
 def _described(name: str, adapter: Adapter, trained: bool) -> dict[str, Any]:
     modules = adapter.modules.values()
+    if adapter.parameters:
+        raise ConfigError(
+            f"{name} adapts {next(iter(adapter.parameters))}, stacked weights of a "
+            "mixture-of-experts base, whose tokens the base itself has sorted. Experts go on "
+            "linears only; leave it out, or merge it into the base."
+        )
     parts = [part for m in modules for part in (m.lora_A, m.lora_B, m.bias, m.magnitude)]
     dtypes = {part.dtype for part in parts if part is not None}
     # the only type that holds every value of two different ones
