@@ -17,7 +17,7 @@ from molora.errors import ConfigError
 from molora.experts import ExpertBank
 
 Vectors = Mapping[str, Mapping[str, Tensor]]
-"""Expert → linear → (in,) vector."""
+"""Expert → linear, or owner of a router that several share → (in,) vector."""
 
 
 @torch.no_grad()
@@ -38,10 +38,13 @@ def fill_routers(
     for placement in mixture.plan.placements:
         bank, group = mixture.built.banks[placement.path], placement.group
         _check_vectors(group, names, vectors)
-        site = mixture.built.sites.get(placement.path)
-        if site is None:  # decided elsewhere, for several linears
+        owner = mixture.built.routed_by.get(placement.path, placement.path)
+        if owner != placement.path:
+            _fill_shared(mixture.built.sites[owner].router, owner, names, vectors)
             continue
-        router: Any = site.router
+        if owner not in mixture.built.sites:
+            continue
+        router: Any = mixture.built.sites[owner].router
         match group.router:
             case Projection():
                 router.weight.copy_(_directions(bank, placement.num_experts))
@@ -61,6 +64,14 @@ def fill_routers(
                 )
 
 
+def _fill_shared(
+    router: Any, owner: str, names: Sequence[str], vectors: Vectors | str | None
+) -> None:
+    """A learned router of several linears starts from one vector per expert and owner."""
+    if isinstance(vectors, Mapping):
+        router.weight.copy_(_given(vectors, names, owner, router.in_features, None))
+
+
 def _check_vectors(group: Group, names: Sequence[str], vectors: Vectors | str | None) -> None:
     kind = group.router
     if isinstance(vectors, str) and vectors != "arrow":
@@ -71,10 +82,11 @@ def _check_vectors(group: Group, names: Sequence[str], vectors: Vectors | str | 
             f"router.vectors: a router of kind {kind.kind!r} takes none; its own come from the "
             "experts' factors."
         )
-    if vectors is not None and isinstance(group.site, LinearSite) and group.site.scope != "linear":
+    scope = group.site.scope if isinstance(group.site, LinearSite) else "block"
+    if scope != "linear" and vectors == "arrow":
         raise ConfigError(
-            f"router.vectors: they are as wide as the input of each linear, but "
-            f"scope={group.site.scope!r} has one router for several. Use scope='linear'."
+            "router.vectors='arrow': these directions are as wide as the input of each linear, but "
+            f"scope={scope!r} has one router for several. Use scope='linear'."
         )
     for name in vectors if isinstance(vectors, Mapping) else ():
         if name not in names:
@@ -123,11 +135,13 @@ def _effective_B(block: ExpertBank) -> Tensor:
 
 
 def _given(
-    vectors: Vectors, names: Sequence[str], path: str, in_features: int, bank: ExpertBank
+    vectors: Vectors, names: Sequence[str], path: str, in_features: int, bank: ExpertBank | None
 ) -> Tensor:
-    """(E, in); 0 for experts that lack the linear."""
+    """(E, in); 0 for experts that lack the linear of the bank, if there is one."""
     rows = torch.zeros(len(names), in_features)
-    present = {c for columns in columns_of(bank, len(names)) for c in columns}
+    present = set(range(len(names)))
+    if bank is not None:
+        present = {c for columns in columns_of(bank, len(names)) for c in columns}
     for number, name in enumerate(names):
         if number not in present:
             continue
