@@ -12,6 +12,7 @@ from tiny_models import batch_for, tiny
 from torch import Tensor, nn
 
 import molora
+from molora.compose.experts import FrozenExperts
 
 Gates = Callable[[str, Tensor], Tensor]
 """(linear, its input (..., in)) → (..., E)."""
@@ -46,7 +47,7 @@ def save_set(
 
 def load_set(
     root: Path, settings: Mapping[str, dict[str, Any]] = PLAIN, family: str = "llama"
-) -> molora.FrozenExperts:
+) -> FrozenExperts:
     return molora.load_experts(save_set(root, settings, family))
 
 
@@ -71,9 +72,7 @@ def update(layer: nn.Module, adapter: Any, path: str, x: Tensor) -> Tensor:
     return added
 
 
-def by_hand(
-    experts: molora.FrozenExperts, gates: Gates, family: str = "llama", **batch: Tensor
-) -> Tensor:
+def by_hand(experts: FrozenExperts, gates: Gates, family: str = "llama", **batch: Tensor) -> Tensor:
     """Logits of the base with Σ_e gate_e · update_e at every linear, in float64."""
     model = tiny(family).double()
 

@@ -125,6 +125,16 @@ def linear(
     return {"site": site, "router": router, "select": _select(names, top_k, published=2)}
 
 
+def gate(names: Sequence[str]) -> Recipe:
+    """σ(v_e · x) per token and linear: every expert acts, each with a learned gate of its own.
+
+    PHATGOOSE's gates, whose vectors its router compares inputs with, are trained so, each with its
+    expert alone and v = 0 at first (2402.05859); see `molora.compose.gate_vectors`.
+    """
+    recipe = linear(names, top_k="all")
+    return {**recipe, "score": {"kind": "sigmoid"}}
+
+
 def meteora(
     names: Sequence[str], *, top_k: TopK = None, temperature: float = 1.0, label_loss: float = 0.0
 ) -> Recipe:
@@ -257,6 +267,7 @@ ROUTERS: dict[str, Callable[..., Recipe]] = {
     "phatgoose": phatgoose,
     "average_activation": average_activation,
     "linear": linear,
+    "gate": gate,
     "meteora": meteora,
     "moa": moa,
     "lora_flow": lora_flow,

@@ -13,6 +13,7 @@ from tiny_models import batch_for, tiny
 from torch import Tensor, nn
 
 import molora
+from molora.compose.experts import FrozenExperts
 
 OURS = {"use_reentrant": False, "context_fn": molora.checkpoint_context}
 EVERYWHERE = ["k_proj", "v_proj", "q_proj", "up_proj", "down_proj"]
@@ -25,13 +26,13 @@ GROWING: dict[str, Any] = {
 
 def composed(
     tmp_path: Path, settings: Any = RAGGED, **options: Any
-) -> tuple[nn.Module, molora.Mixture, molora.FrozenExperts]:
+) -> tuple[nn.Module, molora.Mixture, FrozenExperts]:
     experts = load_set(tmp_path, settings)
     model = tiny("llama")
     return model, molora.compose(model, experts, **{**GROWING, **options}), experts
 
 
-def parts(mixture: molora.Mixture, experts: molora.FrozenExperts) -> dict[str, set[str]]:
+def parts(mixture: molora.Mixture, experts: FrozenExperts) -> dict[str, set[str]]:
     """Names of parameters: of frozen, of trained experts, of routers."""
     found: dict[str, set[str]] = {"frozen": set(), "trained": set(), "router": set()}
     for name, parameter in mixture.named_parameters():

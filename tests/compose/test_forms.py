@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
 import molora
+from molora.compose.experts import FrozenExperts
 from molora.errors import ConfigError
 
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,7 +44,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def composed(family: str, experts: molora.FrozenExperts, *weights: float) -> nn.Module:
+def composed(family: str, experts: FrozenExperts, *weights: float) -> nn.Module:
     model = tiny(family)
     given = dict(zip(experts.names, weights, strict=True))
     molora.compose(model, experts, router={"kind": "fixed", "weights": given})
@@ -99,7 +100,7 @@ def test_gates_get_the_gradients_of_dense_algebra(
 
 
 def _router_gradients(
-    experts: molora.FrozenExperts,
+    experts: FrozenExperts,
     *,
     by_hand_at: tuple[str, ...] = (),
     top_k: int | str,

@@ -13,15 +13,16 @@ from tiny_models import batch_for, tiny
 from torch import Tensor
 
 import molora
+from molora.compose.experts import FrozenExperts
 
 SETS = {"plain": {"a": {}, "b": {}, "c": {}, "d": {}}, "ragged": RAGGED}
 
 
-def there(experts: molora.FrozenExperts, path: str) -> list[int]:
+def there(experts: FrozenExperts, path: str) -> list[int]:
     return [number for number, present in enumerate(experts.present(path)) if present]
 
 
-def norms(experts: molora.FrozenExperts, path: str, x: Tensor) -> Tensor:
+def norms(experts: FrozenExperts, path: str, x: Tensor) -> Tensor:
     """(..., E): ‖scaling · B A x‖, with dense updates in float64; -inf of who is absent."""
     found = torch.full((*x.shape[:-1], len(experts.names)), -torch.inf, dtype=torch.float64)
     for number, adapter in enumerate(experts.adapters.values()):
@@ -32,7 +33,7 @@ def norms(experts: molora.FrozenExperts, path: str, x: Tensor) -> Tensor:
     return found
 
 
-def directions(experts: molora.FrozenExperts, path: str, x: Tensor) -> Tensor:
+def directions(experts: FrozenExperts, path: str, x: Tensor) -> Tensor:
     """(..., E): |x · v| with the first right-singular vector; -inf of who is absent."""
     found = torch.full((*x.shape[:-1], len(experts.names)), -torch.inf, dtype=torch.float64)
     for number, adapter in enumerate(experts.adapters.values()):
@@ -52,7 +53,7 @@ def softmax_of_best(values_E: Tensor, k: int) -> Tensor:
 
 
 def check(
-    experts: molora.FrozenExperts, router: Any, gates: Any, wrong: Any = None, **options: Any
+    experts: FrozenExperts, router: Any, gates: Any, wrong: Any = None, **options: Any
 ) -> molora.Mixture:
     """The whole model with `router` is that with `gates`, and not that with `wrong`."""
     model = tiny("llama")
@@ -109,7 +110,7 @@ def test_lag_is_spectr_among_those_that_arrow_prefers(
     check(experts, router, gates, spectr if preselect < 4 else None)
 
 
-def vectors_for(experts: molora.FrozenExperts) -> dict[str, dict[str, Tensor]]:
+def vectors_for(experts: FrozenExperts) -> dict[str, dict[str, Tensor]]:
     source = torch.Generator().manual_seed(3)
     return {
         name: {
