@@ -15,16 +15,20 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor
 
 from molora.errors import CheckpointError, ConfigError
+from molora.io.adapter import Adapter, AdapterModule, ExpertParameter
 from molora.io.atomic import flush
-from molora.io.peft_adapter import CONFIG, TENSORS, Adapter, AdapterModule
+from molora.io.peft_adapter import CONFIG, TENSORS
 from molora.io.peft_config import parse_config, ranks_and_scalings
 from molora.io.peft_keys import MODULE, TYPES, examples
+from molora.io.peft_parameters import NESTED, ORDER
 
 PREFIX = "base_model.model."
 PARTS_OF_PATHS = frozenset(
@@ -103,13 +107,15 @@ def write_adapters(root: Path, adapters: Mapping[str, Adapter]) -> None:
         ConfigError: names as in `check_adapter_names`, and as in `write_adapter`.
         CheckpointError: as in `write_adapter`. What was written before stays.
     """
-    check_adapter_names(adapters, {path for one in adapters.values() for path in one.modules})
+    every = adapters.values()
+    check_adapter_names(adapters, {name for a in every for name in [*a.modules, *a.parameters]})
     for name in adapters:
         check_free(root / name)
     for name, adapter in adapters.items():
         write_adapter(
             root / name,
             adapter.modules,
+            adapter.parameters,
             base=adapter.base,
             revision=adapter.revision,
             fan_in_fan_out=adapter.fan_in_fan_out,
@@ -120,6 +126,7 @@ def write_adapters(root: Path, adapters: Mapping[str, Adapter]) -> None:
 def write_adapter(
     directory: Path,
     modules: Mapping[str, AdapterModule],
+    parameters: Mapping[str, ExpertParameter] = MappingProxyType({}),
     *,
     base: str | None = None,
     revision: str | None = None,
@@ -135,6 +142,7 @@ def write_adapter(
     Args:
         directory: must not exist, or be empty.
         modules: by the module's name in the base.
+        parameters: by the parameter's name in the base.
         base, revision, fan_in_fan_out, invocation_tokens: as in `Adapter`.
         leaf_targets: name targets by the last part of their names, as servers want it, instead of
             by the whole name. A base may have more modules of such a name; peft adapts them, too,
@@ -146,14 +154,14 @@ def write_adapter(
         ConfigError: scalings or parts that such a directory cannot say.
     """
     check_free(directory)
-    config = adapter_config(modules, leaf_targets=leaf_targets)
+    config = adapter_config(modules, parameters, leaf_targets=leaf_targets)
     config |= {
         "base_model_name_or_path": base,
         "revision": revision,
         "fan_in_fan_out": fan_in_fan_out,
         "alora_invocation_tokens": list(invocation_tokens) if invocation_tokens else None,
     }
-    tensors = _tensors(modules)
+    tensors = _checked({**_tensors(modules), **_stacked_tensors(parameters)})
 
     def write(partial: Path) -> None:
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -206,26 +214,57 @@ def _tensors(modules: Mapping[str, AdapterModule]) -> dict[str, Tensor]:
             tensors[f"{PREFIX}{path}.lora_B.bias"] = bias
         if module.magnitude is not None:
             tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = module.magnitude
+    return tensors
+
+
+def _stacked_tensors(parameters: Mapping[str, ExpertParameter]) -> dict[str, Tensor]:
+    """Factors of stacked weights as `molora.io.peft_parameters` reads them: A by expert, then by
+    rank, B the other way, and of two parameters of one module the earlier within the later."""
+    by_module: dict[str, list[str]] = {}
+    for name in parameters:
+        module, _, parameter = name.rpartition(".")
+        by_module.setdefault(module, []).append(parameter)
+    tensors: dict[str, Tensor] = {}
+    for module, names in by_module.items():
+        inside_out = [name for name in ORDER if name in names] if len(names) > 1 else names
+        if len(inside_out) != len(names):
+            raise ConfigError(
+                f"{module} has factors of its parameters {examples(names)}; which is within which "
+                f"is known for {' and '.join(ORDER)} alone. Export one of them."
+            )
+        for level, name in enumerate(inside_out):
+            nested = f"{PREFIX}{module}{NESTED * (len(names) - 1 - level)}"
+            part = parameters[f"{module}.{name}"]
+            tensors[f"{nested}.lora_A.weight"] = rearrange(part.lora_A, "e r i -> (e r) i")
+            tensors[f"{nested}.lora_B.weight"] = rearrange(part.lora_B, "e o r -> o (r e)")
+    return tensors
+
+
+def _checked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies, since the library refuses tensors that share memory."""
     for name, tensor in tensors.items():
         if str(tensor.dtype).removeprefix("torch.") not in TYPES:
             raise CheckpointError(
                 f"{name} is {tensor.dtype}; an adapter holds {', '.join(TYPES)}. Convert it."
             )
-    # copies: the library refuses tensors that share memory
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
 def adapter_config(
-    modules: Mapping[str, AdapterModule], *, leaf_targets: bool = False
+    modules: Mapping[str, AdapterModule],
+    parameters: Mapping[str, ExpertParameter] = MappingProxyType({}),
+    *,
+    leaf_targets: bool = False,
 ) -> dict[str, Any]:
-    """The settings under which package peft gives each module its rank and scaling.
+    """The settings under which package peft gives each module and parameter its rank and scaling.
 
     Raises:
         ConfigError: no module, a name that is none, DoRA for a part of the modules, or scalings
             that no alpha gives.
     """
-    if not modules or not all(MODULE.fullmatch(path) for path in modules):
-        wrong = [path for path in modules if not MODULE.fullmatch(path)]
+    parts: dict[str, AdapterModule | ExpertParameter] = {**modules, **parameters}
+    wrong = [path for path in parts if not MODULE.fullmatch(path)]
+    if wrong or not parts:
         raise ConfigError(f"An adapter adapts modules by name, not {examples(wrong) or 'none'}.")
     scaled_rows = {module.magnitude is not None for module in modules.values()}
     if len(scaled_rows) > 1:
@@ -234,7 +273,7 @@ def adapter_config(
             "Export them apart."
         )
     for rslora in (False, True):
-        alphas = {path: _alpha(module, rslora) for path, module in modules.items()}
+        alphas = {path: _alpha(part, rslora) for path, part in parts.items()}
         known = {path: alpha for path, alpha in alphas.items() if alpha is not None}
         if len(known) == len(alphas):
             break
@@ -243,7 +282,7 @@ def adapter_config(
             "No alpha gives all the scalings exactly, neither alpha / R nor alpha / √R. Multiply "
             "lora_B with the scaling and give scaling 1."
         )
-    ranks = {path: module.rank for path, module in modules.items()}
+    ranks = {path: part.rank for path, part in parts.items()}
     paths = sorted({path.rpartition(".")[2] for path in modules} if leaf_targets else modules)
     plain = {
         "peft_type": "LORA",
@@ -254,6 +293,7 @@ def adapter_config(
         "init_lora_weights": True,
         "modules_to_save": None,
         "target_modules": paths,
+        "target_parameters": sorted(parameters) or None,
         "use_rslora": rslora,
         "use_dora": True in scaled_rows,
         "lora_bias": any(module.bias is not None for module in modules.values()),
@@ -263,12 +303,12 @@ def adapter_config(
         alpha, alpha_pattern = _by_pattern(known, as_key)
         config = plain | {"r": r, "lora_alpha": alpha}
         config |= {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
-        if _resolves(config, modules):
+        if _resolves(config, parts):
             return config
     raise ConfigError("The ranks and alphas of these modules cannot be told apart by patterns.")
 
 
-def _alpha(module: AdapterModule, rslora: bool) -> int | float | None:
+def _alpha(module: AdapterModule | ExpertParameter, rslora: bool) -> int | float | None:
     """An alpha whose quotient is the scaling exactly, a whole number if one is."""
     divisor = math.sqrt(module.rank) if rslora else module.rank
     product = module.scaling * divisor
@@ -303,7 +343,9 @@ def _anchored(path: str) -> str:
     return "^" + re.sub(r"\.", r"\\.", path)
 
 
-def _resolves(config: Mapping[str, Any], modules: Mapping[str, AdapterModule]) -> bool:
+def _resolves(
+    config: Mapping[str, Any], modules: Mapping[str, AdapterModule | ExpertParameter]
+) -> bool:
     parsed, _ = parse_config(config, where="the export")
     found = ranks_and_scalings(parsed, list(modules), where="the export")
     return all(found[path] == (m.rank, m.scaling) for path, m in modules.items())

@@ -344,6 +344,15 @@ def test_what_cannot_be_merged(options: Any, message: str, tmp_path: Path) -> No
         merge(experts, **options)
 
 
+def test_experts_of_stacked_weights_are_not_dropped_in_silence(tmp_path: Path) -> None:
+    for name, own in {"a": {}, "b": {"target_parameters": ["mlp.experts.down_proj"]}}.items():
+        save_adapter(tmp_path / name, "mixtral", **own)
+    experts = molora.load_experts({name: tmp_path / name for name in "ab"})
+    with pytest.raises(ConfigError, match="b adapts stacked weights of the base's own experts"):
+        merge(experts)
+    assert merge(experts, {"a": 1.0}).modules
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [({"use_dora": True}, "b uses DoRA"), ({"alora_invocation_tokens": [5, 6]}, "b is an activ")],

@@ -288,6 +288,7 @@ def test_a_breach_of_each_rule_is_found(rule: str, good: Path) -> None:
     edit(good)
     faults = servable_faults(good)
     assert any(message in fault for fault in faults), faults
+    assert len(faults) == 1 or rule not in ("paths", "alpha", "dora", "type"), faults
 
 
 def test_gate_and_up_come_together(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from tiny_models import batch_for, tiny
 from torch import Tensor, nn
 
 from molora.errors import CheckpointError, ConfigError
-from molora.io.peft_adapter import Adapter, AdapterModule, read_adapter
+from molora.io.adapter import Adapter, AdapterModule, ExpertParameter
+from molora.io.peft_adapter import read_adapter
 from molora.io.peft_config import parse_config, ranks_and_scalings
 from molora.io.peft_write import (
     adapter_config,
@@ -89,6 +90,55 @@ def test_an_adapter_that_is_written_again_is_the_same(kind: str, tmp_path: Path)
     theirs = peft.PeftModel.from_pretrained(tiny(family), tmp_path / "written").eval()
     assert torch.equal(logits(theirs), logits(model))
     assert not torch.allclose(logits(tiny(family)), logits(model), atol=1e-3)
+
+
+STACKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "one": ("qwen3_moe", {"target_parameters": ["mlp.experts.down_proj"]}),
+    "both": (
+        "mixtral",
+        {"target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]},
+    ),
+    "router": ("mixtral", {"target_parameters": ["gate.weight", "mlp.experts.gate_up_proj"]}),
+    "with modules": (
+        "mixtral",
+        {
+            "target_parameters": ["down_proj", "gate_up_proj"],
+            "target_modules": ["q_proj"],
+            "rank_pattern": {r".*\.gate_up_proj": 6, r"layers\.1\.mlp\.experts\.down_proj": 2},
+            "use_rslora": True,
+        },
+    ),
+    "layer": ("mixtral", {"target_parameters": ["layers.1.mlp.experts.down_proj"]}),
+}
+
+
+@pytest.mark.parametrize("kind", STACKED)
+def test_factors_of_stacked_weights_are_the_same(kind: str, tmp_path: Path) -> None:
+    family, settings = STACKED[kind]
+    model = save_adapter(tmp_path / "source", family, **{"target_modules": [], **settings})
+    source = read_adapter(tmp_path / "source")
+    write(tmp_path / "written", source)
+    again = read_adapter(tmp_path / "written")
+    assert source.parameters
+    assert again.parameters.keys() == source.parameters.keys()
+    assert again.modules.keys() == source.modules.keys()
+    for name, one in source.parameters.items():
+        two = again.parameters[name]
+        assert torch.equal(one.lora_A, two.lora_A)
+        assert torch.equal(one.lora_B, two.lora_B)
+        assert one.scaling == two.scaling
+    theirs = peft.PeftModel.from_pretrained(tiny(family), tmp_path / "written").eval()
+    assert torch.equal(logits(theirs), logits(model))
+    assert not torch.allclose(logits(tiny(family)), logits(model), atol=1e-3)
+
+
+def test_parameters_whose_order_is_not_known_are_refused(tmp_path: Path) -> None:
+    part = ExpertParameter(torch.ones(2, 3, 4), torch.ones(2, 5, 3), 1.0, 1.0)
+    adapter = _tiny(parameters={"odd_part.weight": part})
+    with pytest.raises(ConfigError, match="cannot be called odd_part: package peft"):
+        write_adapters(tmp_path, {"odd_part": adapter})
+    with pytest.raises(ConfigError, match="which is within which is known for gate_up_proj"):
+        write_adapter(tmp_path / "x", {}, {"a.experts.left": part, "a.experts.down_proj": part})
 
 
 def test_an_activated_lora_keeps_its_tokens(tmp_path: Path) -> None:

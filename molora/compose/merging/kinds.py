@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from molora.errors import ConfigError
 from molora.io.peft_adapter import Adapter
+from molora.io.peft_keys import examples
 
 
 def check_fixed_update(name: str, adapter: Adapter) -> None:
@@ -12,6 +13,11 @@ def check_fixed_update(name: str, adapter: Adapter) -> None:
         raise ConfigError(
             f"{name} is an activated LoRA, which acts only after its invocation tokens; no fixed "
             "update does. Leave it out, or route to it."
+        )
+    if adapter.parameters:
+        raise ConfigError(
+            f"{name} adapts stacked weights of the base's own experts, "
+            f"{examples(adapter.parameters)}, which are not merged or compressed. Leave it out."
         )
     if any(module.magnitude is not None for module in adapter.modules.values()):
         raise ConfigError(
