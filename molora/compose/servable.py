@@ -32,8 +32,10 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 TWINS = {"k_proj": "v_proj", "v_proj": "k_proj", "gate_proj": "up_proj", "up_proj": "gate_proj"}
 """Projections of one size."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+LAYER = re.compile(r"(?<=\.)\d{1,4}(?=\.)")
 """A layer's number."""
+MAX_LAYERS = 1000
+"""Layers in one stack: what is missing in each is filled in."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,6 +205,11 @@ def _inferred(own: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         for number in LAYER.findall(path)[:1]:
             stack = kind.split("*")[0]
             counts[stack] = max(counts.get(stack, 0), int(number) + 1)
+    if max(counts.values(), default=0) > MAX_LAYERS:
+        raise ConfigError(
+            f"Layer {max(counts.values()) - 1} is adapted; of at most {MAX_LAYERS} layers the "
+            "missing ones are filled in. Give the base's shapes."
+        )
     for kind in list(kinds):
         parent, _, leaf = kind.rpartition(".")
         for partner in sorted(_with_partners({leaf}) - {leaf}):

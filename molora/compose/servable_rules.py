@@ -37,6 +37,8 @@ REFUSED = {
     "megatron_config": "servers read no sharded factors",
 }
 """Settings that must be unset, and who minds."""
+MAX_FAULTS = 100
+"""Faults that are listed."""
 
 
 def servable_faults(directory: Path, *, layers: int | None = None) -> list[str]:
@@ -61,7 +63,8 @@ def servable_faults(directory: Path, *, layers: int | None = None) -> list[str]:
     faults += strange
     faults += [*_tensors(header), *_shapes(config, pairs), *_targets(config, pairs)]
     faults += [*_together(pairs), *_layers(pairs, layers)]
-    return [printable(fault)[:1000] for fault in faults]
+    more = [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
+    return [printable(fault[:1000]) for fault in faults[:MAX_FAULTS]] + more
 
 
 def _other_files(directory: Path) -> Iterator[str]:
@@ -184,7 +187,8 @@ def _layers(pairs: Mapping[str, Mapping[str, TensorInfo]], layers: int | None) -
             kinds.setdefault(kind, set()).add(int(number))
             counts[stack] = max(counts.get(stack, layers or 0), int(number) + 1)
     for kind, numbers in kinds.items():
-        lacking = [n for n in range(counts[kind.split("*")[0]]) if n not in numbers]
+        count = counts[kind.split("*")[0]]
+        lacking = [number for number in range(count) if number not in numbers]
         if lacking:
             numbered = examples(map(str, lacking))
             yield f"{kind} is not in layers {numbered}: LoRAX drops it in all of them"

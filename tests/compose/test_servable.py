@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +13,17 @@ from typing import Any
 import peft
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft_adapters import CONFIG, TENSORS, edit_config, edit_tensors, save_adapter
+from safetensors.torch import save_file
 from tiny_models import batch_for, tiny
 from torch import Tensor, nn
 
 import molora
 from molora.compose.merging import merge
 from molora.compose.servable import linear_shapes, servable, write_servable
-from molora.compose.servable_rules import servable_faults
+from molora.compose.servable_rules import REFUSED, servable_faults
 from molora.errors import CheckpointError, ConfigError
 from molora.io.peft_adapter import AdapterModule, read_adapter
 
@@ -39,13 +44,13 @@ def logits(model: nn.Module) -> Tensor:
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
     """A directory that every server loads: the sum of two unlike adapters."""
-    settings: dict[str, dict[str, Any]] = {
+    adapters: dict[str, dict[str, Any]] = {
         "law": {"use_rslora": True, "target_modules": ["q_proj", "v_proj"]},
         "code": {"r": 6, "alpha_pattern": {"down_proj": 9}, "target_modules": ["down_proj"]},
     }
-    for seed, (name, own) in enumerate(settings.items()):
+    for seed, (name, own) in enumerate(adapters.items()):
         save_adapter(tmp_path / name, seed=seed, **own)
-    experts = molora.load_experts({name: tmp_path / name for name in settings})
+    experts = molora.load_experts({name: tmp_path / name for name in adapters})
     merged = merge(experts, {"law": 0.8, "code": 1.5})
     write_servable(tmp_path / "good", merged.modules, base="org/base", shapes=SHAPES)
     return tmp_path / "good"
@@ -190,15 +195,15 @@ def test_a_conv1d_has_its_sizes() -> None:
     assert shapes["transformer.h.0.mlp.c_proj"] == (32, 40)
 
 
-def config(**settings: Any) -> Callable[[Path], object]:
-    return lambda directory: edit_config(directory, **settings)
+def config(**changes: Any) -> Callable[[Path], object]:
+    return lambda directory: edit_config(directory, **changes)
 
 
 def without(key: str) -> Callable[[Path], object]:
     def edit(directory: Path) -> None:
-        settings = json.loads((directory / CONFIG).read_text())
-        del settings[key]
-        (directory / CONFIG).write_text(json.dumps(settings))
+        found = json.loads((directory / CONFIG).read_text())
+        del found[key]
+        (directory / CONFIG).write_text(json.dumps(found))
 
     return edit
 
@@ -289,6 +294,56 @@ def test_a_breach_of_each_rule_is_found(rule: str, good: Path) -> None:
     faults = servable_faults(good)
     assert any(message in fault for fault in faults), faults
     assert len(faults) == 1 or rule not in ("paths", "alpha", "dora", "type"), faults
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 9)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+SETTINGS = [*REFUSED, "r", "lora_alpha", "target_modules", "bias", "init_lora_weights", "peft_type"]
+NAMES = st.lists(
+    st.sampled_from(
+        ["base_model.model", "layers", "0", "9999", "77777", "q_proj", "x\x1b", "lora_A"]
+    ),
+    max_size=6,
+).map(".".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(SETTINGS), VALUES),
+    st.dictionaries(NAMES, st.sampled_from([(), (8,), (8, 2), (2, 8), (8, 2, 1)]), max_size=6),
+    st.sampled_from([".weight", ".bias", ""]),
+)
+def test_whatever_the_files_say_there_is_a_list_of_faults(
+    values: dict[str, Any], shapes: dict[str, tuple[int, ...]], end: str
+) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / CONFIG).write_text(json.dumps(values))
+        found = {f"{name}{end}": torch.zeros(shape) for name, shape in shapes.items()}
+        save_file(found, Path(directory) / TENSORS)
+        faults = servable_faults(Path(directory))
+    assert faults
+    assert all(fault.isprintable() and len(fault) < 5000 for fault in faults)
+
+
+def test_a_thousand_faults_are_not_listed(tmp_path: Path) -> None:
+    (tmp_path / CONFIG).write_text("{}")
+    save_file({f"x{i}": torch.zeros(1) for i in range(999)}, tmp_path / TENSORS)
+    faults = servable_faults(tmp_path)
+    assert len(faults) == 101
+    assert re.fullmatch(r"and 9\d\d more", faults[-1])
+
+
+def test_layers_without_end_are_not_filled_in() -> None:
+    with pytest.raises(ConfigError, match=r"Layer 9998 is adapted; of at most 1000"):
+        servable(factors("model.layers.9998.o_proj", 2, 7, 9))
+    assert len(servable(factors("model.layers.999.o_proj", 2, 7, 9)).filled) == 999
 
 
 def test_gate_and_up_come_together(tmp_path: Path) -> None:
