@@ -50,9 +50,11 @@ def export(
       molora export runs/experts --to peft --out exported method=svd rank=16
       molora export runs/experts --to merged --out exported --dtype bfloat16
     """
+    from molora.cli.inspect import check_no_run
     from molora.config.base import unknown_name
     from molora.presets.overrides import replaced
 
+    check_no_run(directory)
     if to not in KINDS:
         raise ConfigError(f"--to: {unknown_name('kind', to, list(KINDS))}")
     if dtype not in DTYPES:

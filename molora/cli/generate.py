@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from molora.errors import CheckpointError, MoLoRAError
+from molora.cli.inspect import check_no_run
+from molora.errors import MoLoRAError
 
 if TYPE_CHECKING:
     from molora.generate import Loaded
@@ -152,12 +153,8 @@ def _load(adapter: Path, model: str | None, dtype: str) -> Loaded:
     from transformers.utils import logging
 
     from molora.generate import load_for_generation
-    from molora.io import MANIFEST
 
-    inside = adapter / "adapter"
-    if not (adapter / MANIFEST).exists() and (inside / MANIFEST).is_file():
-        raise CheckpointError(f"{adapter} is the directory of a run. Its mixture is in {inside}.")
-
+    check_no_run(adapter)
     # on a terminal the answer is the output, and a bar for every file is not
     logging.disable_progress_bar()
     return load_for_generation(adapter, model=model, dtype=dtype)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from molora.errors import CheckpointError
+
 if TYPE_CHECKING:
     from molora.config import MixtureConfig
     from molora.io import Manifest
@@ -31,10 +33,20 @@ def inspect(
     """
     from molora import io
 
+    check_no_run(directory)
     manifest = io.read_manifest(directory)
     io.read_tensors(directory, manifest)
     for line in described(directory, manifest):
         typer.echo(line)
+
+
+def check_no_run(directory: Path) -> None:
+    """Raise CheckpointError, with the place of its mixture, for the directory of a run."""
+    from molora.io import MANIFEST
+
+    inside = directory / "adapter"
+    if not (directory / MANIFEST).exists() and (inside / MANIFEST).is_file():
+        raise CheckpointError(f"{directory} is the directory of a run. Its mixture is in {inside}.")
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ def schema() -> None:
 
 
 def run_schema() -> dict[str, Any]:
-    """The schema of `RunConfig`, in which the mixture may also be a preset with its arguments."""
+    """The schema of `RunConfig`, in which the mixture may also be a preset with its arguments, or a
+    saved one."""
     from pydantic.json_schema import models_json_schema
 
     from molora.config.run import RunConfig
@@ -63,11 +64,29 @@ def run_schema() -> dict[str, Any]:
     mixture = run["properties"]["mixture"]
     spelt_out = {key: value for key, value in mixture.items() if key == "$ref"}
     run["properties"]["mixture"] = {
-        "anyOf": [spelt_out, *(references[model, "validation"] for model in models)],
+        "anyOf": [
+            spelt_out,
+            *(references[model, "validation"] for model in models),
+            _saved(run["$defs"]["MixtureConfig"]["properties"]),
+        ],
         "description": mixture["description"],
     }
     run["$defs"] = {**run["$defs"], **definitions["$defs"]}
     return run
+
+
+def _saved(fields: dict[str, Any]) -> dict[str, Any]:
+    """Of ``{from: DIR, …}``."""
+    from molora.config.saved import FROM, REPLACED
+
+    place = {"type": "string", "format": "path", "description": "Directory of a saved mixture."}
+    return {
+        "type": "object",
+        "title": "saved mixture",
+        "additionalProperties": False,
+        "properties": {FROM: place, **{name: fields[name] for name in REPLACED}},
+        "required": [FROM],
+    }
 
 
 def _arguments_of(name: str, preset: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -12,6 +12,7 @@ from molora.config.data import DataConfig
 from molora.config.mixture import MixtureConfig
 from molora.config.objective import DPO, SFT, Objective
 from molora.config.roles import Role
+from molora.config.saved import with_saved_mixture
 
 
 class ModelConfig(Frozen):
@@ -127,13 +128,18 @@ class RunConfig(Frozen):
     data: DataConfig
     """What to train and evaluate on."""
     mixture: MixtureConfig
-    """The mixture, or in a file `preset: NAME` and its arguments."""
+    """The mixture, or in a file `preset: NAME` and its arguments, or `from: DIR`, a saved one."""
     train: TrainConfig = TrainConfig()
     """Optimisation and logging."""
     output_dir: Path = Path("runs/molora")
     """Where the mixture, metrics and the resolved configuration are written."""
     seed: int = Field(default=0, ge=0)
     """Seeds experts, routers, data order and dropout."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_saved_mixture(cls, data: Any) -> Any:
+        return with_saved_mixture(data)
 
     @model_validator(mode="after")
     def _preferences_fit(self) -> Self:

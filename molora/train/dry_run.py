@@ -10,6 +10,9 @@ from rich.table import Table
 from torch import nn
 
 from molora.attach import Mixture
+from molora.attach.plan import Plan
+from molora.attach.targets import Match
+from molora.config import Imported
 from molora.config.run import RunConfig
 from molora.train.loading import load_skeleton
 from molora.train.start import attached
@@ -73,7 +76,7 @@ def describe(mixture: Mixture, *, model: str, base_parameters: int) -> DryRun:
     """The same figures of a mixture that is on a model."""
     placements = {placement.path: placement for placement in mixture.plan.placements}
     rows, seen = [], set[str]()
-    for match in mixture.plan.matches:
+    for match in _by_last_name(mixture.plan):
         paths = [path for path in match.paths if path not in seen]
         seen.update(paths)
         rows.append(
@@ -94,6 +97,17 @@ def describe(mixture: Mixture, *, model: str, base_parameters: int) -> DryRun:
         base_parameters=base_parameters,
         untouched=mixture.plan.untouched,
     )
+
+
+def _by_last_name(plan: Plan) -> list[Match]:
+    """The matches; of imported experts, which name every linear by itself, one for each last part
+    of their names."""
+    exact = {p.path for p in plan.placements if isinstance(p.group.expert, Imported)}
+    found: dict[str, tuple[str, ...]] = {}
+    for match in plan.matches:
+        name = match.pattern.rpartition(".")[2] if match.pattern in exact else match.pattern
+        found[name] = (*found.get(name, ()), *match.paths)
+    return [Match(name, paths) for name, paths in found.items()]
 
 
 def render(result: DryRun, console: Console) -> None:

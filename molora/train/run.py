@@ -19,9 +19,12 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 
 from molora import __version__
 from molora.attach import Mixture
+from molora.config import Imported
 from molora.config.run import RunConfig
+from molora.config.saved import FROM, REPLACED, saved_config
 from molora.config.yaml import parse_yaml
 from molora.data import Tokenized
+from molora.errors import ConfigError
 from molora.io.native import check_writable
 from molora.train import checkpointing, trackers
 from molora.train.deepspeed_config import OUTPUT as ENGINE
@@ -121,11 +124,33 @@ def train(
 
 
 def as_yaml(config: RunConfig) -> str:
-    """A configuration with presets and defaults spelt out; `molora.load_config` reads it back."""
+    """A configuration with presets and defaults spelt out; `molora.load_config` reads it back.
+
+    Experts that were trained elsewhere have a line for every linear, thousands for a library: they
+    are named by the directory that the run starts from.
+    """
     data = config.model_dump(mode="json")
+    data["mixture"] = _by_reference(config) or data["mixture"]
     text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     assert RunConfig.parse(parse_yaml(text)) == config
     return text
+
+
+def _by_reference(config: RunConfig) -> dict[str, Any] | None:
+    """`from` and what differs, where the mixture is that of `train.start_from`."""
+    start = config.train.start_from
+    composed = any(isinstance(group.expert, Imported) for group in config.mixture.groups)
+    if start is None or not composed:
+        return None
+    try:
+        saved = saved_config(start)
+    except ConfigError:
+        return None  # it may have gone meanwhile; what was read of it is spelt out
+    own = {name: getattr(config.mixture, name) for name in REPLACED}
+    if saved.model_copy(update=own) != config.mixture:
+        return None
+    dumped = config.mixture.model_dump(mode="json")
+    return {FROM: str(start), **{name: dumped[name] for name in REPLACED}}
 
 
 class _Dumper(yaml.SafeDumper):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft_experts import save_experts
 from tiny_models import batch_for
+from tiny_runs import write_rows
 from transformers import AutoModelForCausalLM
 
 import molora as package
@@ -193,6 +194,53 @@ def test_inspect_counts_a_router_with_two_tensors_once(
 ) -> None:
     assert molora("compose", *given, "--router", "lag", "--out", tmp_path).code == 0
     assert "6 linears with experts, 6 routers" in molora("inspect", tmp_path).out
+
+
+def test_training_makes_a_run_that_goes_on(
+    molora: Callable[..., Any], given: list[Any], tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    out = tmp_path / "run"
+    settings = ["train.max_steps=3", "train.batch_size=4", "train.save_steps=2", "seed=3"]
+    options = ["--router", "linear", "--new", "own", "--train", rows, "--out", out, "--quiet"]
+    outcome = molora("compose", *given, *options, *settings, "data.max_length=64")
+    assert outcome.code == 0, outcome.err
+    assert "‖ΔW‖" in outcome.out
+    assert f"Its mixture is in {out / 'adapter'}" in molora("inspect", out).err
+    on = molora("compose", "--from", out, *given, "--out", tmp_path / "on")
+    assert f"Its mixture is in {out / 'adapter'}" in on.err
+    assert "trained" in molora("inspect", out / "adapter").out
+    config = package.load_config(out / "config.yaml")
+    assert (config.train.start_from, config.seed) == (out / "composed", 3)
+    assert config.data.max_length == 64
+    again = molora("train", out / "config.yaml", "--resume", "auto", "--quiet")
+    assert again.code == 0, again.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train", "{rows}"], "router arrow has nothing to learn and every expert is frozen"),
+        (["--train", "{rows}", "--router", "uniform"], "router uniform has nothing to learn"),
+        (["--train", "{rows}", "--router", "linear", "train.max_step=2"], "Close names: max_steps"),
+        (["--train", "{rows}", "--router", "linear", "data.max_len=2"], "Close names: max_length"),
+        (["--train", "{rows}", "--router", "linear", "train.start_from=x"], "train.start_from"),
+        (["--router", "linear", "train.max_steps=2"], "nothing is trained. Name rows with --train"),
+    ],
+)
+def test_training_that_cannot_be_writes_nothing(
+    molora: Callable[..., Any],
+    given: list[Any],
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    rows = str(write_rows(tmp_path / "rows.jsonl"))
+    filled = [argument.replace("{rows}", rows) for argument in arguments]
+    outcome = molora("compose", *given, *filled, "--out", tmp_path / "out")
+    assert (outcome.code, outcome.err.count("Error")) == (2, 1)
+    assert message in outcome.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_notes_are_printed_and_cannot_steer_the_terminal(

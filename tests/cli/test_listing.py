@@ -136,6 +136,14 @@ def test_every_preset_is_an_alternative_with_its_own_arguments(
     assert not parser_accepts(run)
 
 
+def test_a_saved_mixture_is_an_alternative(schema: dict[str, Any], adapter: Path) -> None:
+    for more, good in (({}, True), ({"losses": []}, True), ({"rank": 2}, False)):
+        run = with_value("mixture", {"from": str(adapter), **more})
+        assert accepts(schema, run, schema) is good
+        assert parser_accepts(run) is good
+    assert parser_accepts(with_value("mixture", {"from": "nowhere"})) is False
+
+
 GROUP = {"targets": "attention", "num_experts": 4, "rank": [2, 3], "select": {"kind": "top_k"}}
 
 
@@ -153,6 +161,7 @@ GROUP = {"targets": "attention", "num_experts": 4, "rank": [2, 3], "select": {"k
         ("mixture", {"groups": []}, False),
         ("mixture", {"preset": "mloa"}, False),
         ("mixture", {}, False),
+        ("mixture", {"from": "nowhere", "rank": 3}, False),
         ("data.train", [{"path": "a.jsonl", "task": "spam"}, "b.csv"], True),
         ("data.train", [], False),
         ("train.learning_rate", 1e-3, True),
