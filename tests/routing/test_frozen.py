@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from molora.routing import LinearRouter
+from molora.routing import LinearRouter, frozen
 from molora.routing.frozen import FixedRouter, UpdateNormRouter
 
 EXPERTS, RANK, IN = 9, 3, 7
@@ -17,6 +17,13 @@ def factors() -> tuple[torch.Tensor, torch.Tensor]:
     return factor_ERD, torch.randn(EXPERTS, IN, generator=source)
 
 
+@pytest.fixture(params=[0, 10**9], ids=["rows sorted", "all experts"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to the norms of preselected experts."""
+    monkeypatch.setattr(frozen, "SORTING_PAYS", request.param)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("rows", [1, 50])
 @pytest.mark.parametrize("preselect", [1, 4, 9, 30])
 @pytest.mark.parametrize("absent", [(), (2, 5)])
@@ -40,6 +47,7 @@ def test_preselected_experts_have_the_same_norms_and_the_others_none(
     torch.testing.assert_close(every(x_TD), norms_TE, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("preselect", [None, 4])
 def test_gradients_go_through_to_the_input(preselect: int | None) -> None:
     factor_ERD, weight_ED = factors()
