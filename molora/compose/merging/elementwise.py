@@ -45,7 +45,8 @@ def keep_largest(stack_E: Tensor, density: float) -> Tensor:
     flat_EN = stack_E.flatten(1)
     if density >= 1:
         return stack_E
-    kept = flat_EN.abs().topk(int(density * flat_EN.shape[1]), dim=1).indices
+    count = int(density * flat_EN.shape[1])
+    kept = flat_EN.abs().topk(count, dim=1, sorted=False).indices
     mask_EN = torch.zeros_like(flat_EN).scatter_(1, kept, 1.0)
     return stack_E * mask_EN.view_as(stack_E)
 
