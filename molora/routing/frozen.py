@@ -13,7 +13,6 @@ from molora.kernels.grouped_product import grouped_product
 from molora.kernels.plan import plan_rows
 from molora.routing.router import wide
 
-
 SORTING_PAYS = 12
 """Times as many experts as are compared, from which on sorting rows costs less than products with
 all of them (one CPU thread, float32, D 512, R 8, 20 compared: equal at 256 experts)."""
