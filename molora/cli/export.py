@@ -17,7 +17,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def export(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A saved mixture of LoRAs.")],
-    to: Annotated[str, typer.Option(metavar="peft|peft-each|merged", help="What it becomes.")],
+    to: Annotated[
+        str, typer.Option(metavar="peft|peft-each|peft-xlora|merged", help="What it becomes.")
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where it goes: a new directory.")],
     overrides: Annotated[
         list[str] | None,
@@ -39,10 +41,11 @@ def export(
 ) -> None:
     """Write a mixture of LoRAs as what other programs read.
 
-    peft-each: a directory for each expert, as it was. peft: one LoRA that package peft and servers
-    (vLLM, SGLang, LoRAX) load. merged: a plain model. The last two are for fixed weights (router
-    uniform or fixed): a mixture that chooses experts for every token is neither. A merged model is
-    written only if its logits are the mixture's.
+    peft-each: a directory for each expert, as it was. peft-xlora: an X-LoRA that package peft
+    loads, for router xlora. peft: one LoRA that package peft and servers (vLLM, SGLang, LoRAX)
+    load. merged: a plain model. The last two are for fixed weights (router uniform or fixed): a
+    mixture that chooses experts for every token is neither. A merged model is written only if its
+    logits are the mixture's.
 
     \b
     Example:
@@ -105,6 +108,21 @@ def _peft(directory: Path, out: Path, base: str | None, dtype: str, options: Any
     typer.echo(f"The LoRA, of rank {made.rank} on {len(made.modules)} linears, is in {out}")
 
 
+def _xlora(directory: Path, out: Path, base: str | None, dtype: str, options: Any) -> None:
+    from molora.attach import load
+    from molora.compose.xlora import export_xlora
+    from molora.config.run import ModelConfig
+    from molora.generate.load import base_name
+    from molora.train.loading import load_model
+
+    if dtype != "auto":
+        raise ConfigError("--dtype: peft-xlora leaves every expert as it is. Leave it out.")
+    name = base_name(directory, base)
+    export_xlora(load(load_model(ModelConfig(name=name, dtype="auto")), directory), out)
+    typer.echo(f"The X-LoRA is in {out}")
+    typer.echo("Package peft finds its adapters by the paths in its adapter_config.json.")
+
+
 def _merged(directory: Path, out: Path, base: str | None, dtype: str, options: Any) -> None:
     import torch
 
@@ -127,7 +145,7 @@ def _merged(directory: Path, out: Path, base: str | None, dtype: str, options: A
     typer.echo(f"The model, with {made.linears} merged linears, is in {out}")
 
 
-KINDS = {"peft": _peft, "peft-each": _each, "merged": _merged}
+KINDS = {"peft": _peft, "peft-each": _each, "peft-xlora": _xlora, "merged": _merged}
 NOT_OPTIONS = ("experts", "weights", "missing", "return")
 
 

@@ -108,6 +108,25 @@ def test_fixed_weights_are_one_lora_that_servers_load(
     assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
 
 
+def test_xlora_is_one_that_package_peft_loads(
+    molora: Callable[..., Any], base: Path, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = saved("math", "law", router={"kind": "xlora", "depth": 2, "width": 8})
+    outcome = molora("export", directory, "--to", "peft-xlora", "--out", tmp_path / "xlora")
+    assert outcome.code == 0, outcome.err
+    model = plain(base)
+    model.config.use_cache = False  # package peft's X-LoRA refuses a cache
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "xlora").eval()
+    expected = logits_of(base, directory)
+    torch.testing.assert_close(logits(theirs), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - logits(plain(base))).abs().max() > 0.05
+    other = saved("math", "law", router="linear")
+    outcome = molora("export", other, "--to", "peft-xlora", "--out", tmp_path / "other")
+    assert outcome.code == 2
+    assert "only X-LoRA can be exported" in outcome.err
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("missing", ["mask", "renorm", "zero"])
 @pytest.mark.parametrize("router", ["fixed", "uniform"])
 def test_merged_model_computes_what_the_mixture_computes(
@@ -219,6 +238,7 @@ def test_mixtures_that_choose_refuse_to_be_one_matrix(
     ("arguments", "message"),
     [
         (["--to", "peft-all"], "Close names: peft"),
+        (["--to", "peft-xlora", "--dtype", "float16"], "leaves every expert as it is"),
         (["--to", "merged", "--dtype", "bf16"], "unknown dtype 'bf16'"),
         (["--to", "merged", "rank=3"], "only --to peft merges"),
         (["--to", "peft-each", "--dtype", "float16"], "leaves every expert as it is"),
