@@ -7,6 +7,7 @@ the factors' column spaces, in float64.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -81,13 +82,20 @@ class JointExperts:
         return kept / sum(m.lora_A.numel() + m.lora_B.numel() for m in modules)
 
     def as_experts(self) -> FrozenExperts:
-        """Ordinary experts of rank C: A = Vᵀ, one tensor that all share, and B = U Σ_e."""
+        """Ordinary experts of rank C: A = Vᵀ, one tensor that all share, and B = U Σ_e. The hash of
+        each is of its own, the kind, the rank and the hashes of all."""
         adapters = {}
+        together = " ".join(adapter.sha256 for adapter in self.experts.adapters.values())
+        largest = max(module.U.shape[1] for module in self.modules.values())
         for name, adapter in self.experts.adapters.items():
             modules = {path: self._module(path, name, one) for path, one in adapter.modules.items()}
             note = f"compressed with others, relative error {self.errors[name]:.3g}"
+            identity = f"{adapter.sha256} {self.kind} {largest} {together}"
             adapters[name] = replace(
-                adapter, modules=MappingProxyType(modules), notes=(*adapter.notes, note)
+                adapter,
+                modules=MappingProxyType(modules),
+                sha256=hashlib.sha256(identity.encode()).hexdigest(),
+                notes=(*adapter.notes, note),
             )
         return FrozenExperts(MappingProxyType(adapters), self.experts.notes)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft_adapters import save_adapter
+from tiny_models import batch_for, tiny
 from torch import Tensor
 
 import molora
@@ -16,6 +17,7 @@ from molora.compose.experts import FrozenExperts
 from molora.compose.general import subtract_general
 from molora.errors import CheckpointError, ConfigError
 from molora.io.peft_adapter import Adapter
+from molora.io.peft_write import write_adapters
 
 
 def update(adapter: Adapter, path: str) -> Tensor | float:
@@ -86,6 +88,28 @@ def test_biases_are_subtracted_too(tmp_path: Path) -> None:
     assert found[path].bias is not None
     assert found[path].bias.tolist() == [0.5 * 3 - 0.5 * 8 / 2] * size
     assert found[tasks.modules[1]].bias is None
+
+
+def test_the_new_experts_go_on_a_model_and_into_files(tmp_path: Path) -> None:
+    tasks = experts(tmp_path, law={"r": 2}, code={"r": 5})
+    general = experts(tmp_path, 5, en={}, de={"target_modules": ["v_proj", "up_proj"]})
+    found = subtract_general(tasks, general)
+    write_adapters(tmp_path / "out", found.adapters)
+    again = molora.load_experts({name: tmp_path / "out" / name for name in found.names})
+    model, reference = tiny("llama"), tiny("llama")
+    batch = batch_for(model, labels=False)
+    molora.compose(model, again, router="uniform")
+    with torch.no_grad():
+        logits = model(**batch).logits
+        plain = reference(**batch).logits
+        for path in found.modules:
+            parts = [torch.as_tensor(update(one, path)) for one in tasks.adapters.values()]
+            mean = torch.as_tensor(sum(update(one, path) for one in general.adapters.values())) / 2
+            change = (parts[0] + parts[1]) / 2 - mean
+            reference.get_submodule(path).weight += change.float()
+        expected = reference(**batch).logits
+    assert torch.allclose(logits, expected, atol=2e-5)
+    assert not torch.allclose(logits, plain, atol=1e-2)
 
 
 def test_what_cannot_be_subtracted(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft_adapters import save_adapter
+from tiny_models import batch_for, tiny
 from torch import Tensor
 
 import molora
@@ -226,6 +227,29 @@ def test_updates_of_zero_and_modules_that_are_missing(kind: Kind, tmp_path: Path
     assert torch.equal(modules[path].lora_A, before)
     nothing = experts_of(*(module(torch.ones(2, D), torch.zeros(F, 2)) for _ in range(2)))
     assert compress(nothing, 1, kind=kind).errors == {"e0": 0.0, "e1": 0.0}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compressed_experts_go_on_a_model(kind: Kind, tmp_path: Path) -> None:
+    for seed, name in enumerate("ab"):
+        save_adapter(tmp_path / name, seed=seed, r=4)
+    experts = molora.load_experts({name: tmp_path / name for name in "ab"})
+    joint = compress(experts, 5, kind=kind).as_experts()
+    assert {one.sha256 for one in joint.adapters.values()}.isdisjoint(
+        one.sha256 for one in experts.adapters.values()
+    )
+    model, reference = tiny("llama"), tiny("llama")
+    batch = batch_for(model, labels=False)
+    molora.compose(model, joint, router="uniform")
+    with torch.no_grad():
+        found = model(**batch).logits
+        plain = reference(**batch).logits
+        for path in joint.modules:
+            updates = [dense(one.modules[path]) for one in joint.adapters.values()]
+            reference.get_submodule(path).weight += ((updates[0] + updates[1]) / 2).float()
+        expected = reference(**batch).logits
+    assert torch.allclose(found, expected, atol=2e-5)
+    assert not torch.allclose(found, plain, atol=1e-2)
 
 
 def test_what_cannot_be_compressed(tmp_path: Path) -> None:
