@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from molora.attach.banks import DTYPES, BankMaker, Brought, check_fit
-from molora.attach.build import Builder, Surgery
+from molora.attach.build import Builder, Built, Surgery
 from molora.attach.extras import Extras
 from molora.attach.hooks import ForwardHooks
 from molora.attach.losses import required_columns, weighted_terms
@@ -16,6 +16,7 @@ from molora.errors import AttachError, ConfigError
 from molora.experts import ExpertBank
 from molora.kernels import backend
 from molora.modules import ForwardContext
+from molora.routing.outputs import OutputsRouter
 
 
 def attach(model: nn.Module, config: MixtureConfig, *, seed: int = 0) -> Mixture:
@@ -58,6 +59,7 @@ def attach_with(model: nn.Module, config: MixtureConfig, *, seed: int, brought: 
         extras = Extras(model, config)
         surgery.handles += extras.hooks
         built = builder.build(plan.placements)
+        _bind_outputs(built)
     except Exception:
         surgery.undo()
         for name, parameter in model.named_parameters():
@@ -94,6 +96,20 @@ def attach_with(model: nn.Module, config: MixtureConfig, *, seed: int, brought: 
         extras=extras,
         was_trainable=was_trainable,
     )
+
+
+def _bind_outputs(built: Built) -> None:
+    """Let routers that read the experts' outputs have their bank."""
+    for name, site in built.sites.items():
+        if not isinstance(site.router, OutputsRouter):
+            continue
+        bank = built.banks[name]
+        if bank.reads_product:
+            raise AttachError(
+                f"an expert at {name} has a magnitude (DoRA), with which its output is more than "
+                "B A x. Leave it out, or choose a router that does not read outputs."
+            )
+        site.router.bind(bank)
 
 
 def check_attachable(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from molora.config import (
     Importance,
     LoadBalance,
     LocalizedBalance,
+    LogBalance,
     Loss,
     MixtureConfig,
     RouterZ,
@@ -52,6 +53,8 @@ def _term(loss: Loss) -> Term:
             return partial(_localized, delta)
         case Importance():
             return partial(_without_side, terms.importance)
+        case LogBalance():
+            return partial(_without_side, terms.log_balance)
         case TaskCrossEntropy():
             return _of_experts
         case RouterZ():

@@ -12,6 +12,7 @@ from molora.attach.plan import Placement
 from molora.config import (
     Capacity,
     Dense,
+    ExpertOutputs,
     Fixed,
     Group,
     Identity,
@@ -32,6 +33,7 @@ from molora.routing import router as learned
 from molora.routing import scores as score_functions
 from molora.routing import select as select_functions
 from molora.routing.classifier import HiddenStateClassifier
+from molora.routing.outputs import OutputsRouter
 from molora.routing.scores import ScoreFunction
 from molora.routing.select import SelectFunction
 
@@ -96,6 +98,18 @@ def make_router(
             )
         case Fixed():
             router = frozen.FixedRouter(torch.tensor(config.weights, device=device))
+        case ExpertOutputs():
+            width = shape[0] * placement.out_features
+            weight = initial(
+                f"{name}.router.weight",
+                (shape[0], width),
+                "kaiming",
+                0.0,
+                seed=seed,
+                dtype=dtype,
+                device=device,
+            )
+            router = OutputsRouter(weight, torch.zeros(1, dtype=dtype, device=device))
         case _:
             raise AssertionError(f"{config.kind} decides for the whole model")
     keep_present(router, choosable, device)

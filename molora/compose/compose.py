@@ -13,7 +13,7 @@ from molora.attach import Mixture
 from molora.attach.attach import attach_with
 from molora.compose.experts import NAME, FrozenExperts
 from molora.compose.vectors import Vectors, fill_routers
-from molora.config import Fixed, Given, Imported, LinearRouter, MixtureConfig, XLoRA
+from molora.config import ExpertOutputs, Fixed, Given, Imported, LinearRouter, MixtureConfig, XLoRA
 from molora.config.base import unknown_name
 from molora.errors import ConfigError
 from molora.io.peft_adapter import Adapter
@@ -112,7 +112,9 @@ def composed_config(
         **fields,
     }
     config = MixtureConfig.parse({"method": kind, "groups": [group], "losses": losses, **options})
-    learned = isinstance(config.groups[0].router, LinearRouter | XLoRA | Given | Fixed)
+    learned = isinstance(
+        config.groups[0].router, LinearRouter | ExpertOutputs | XLoRA | Given | Fixed
+    )
     if (trainable or new) and not learned:
         raise ConfigError(
             f"router {kind} is made from the experts' factors as they are, so that experts that "

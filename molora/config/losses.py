@@ -57,6 +57,13 @@ class RoutingEntropy(Frozen):
     kind: Literal["routing_entropy"] = "routing_entropy"
 
 
+class LogBalance(Frozen):
+    """−Σ log of each expert's mean score (MoLE's L_balance, 2404.13628, over the model's linears);
+    E log E at uniform routing, and without a bound where an expert is never chosen."""
+
+    kind: Literal["log_balance"] = "log_balance"
+
+
 class TaskCrossEntropy(Frozen):
     """Mean cross entropy in nats of softmax(logits) with the expert that a row's sequence belongs
     to (MeteoRA, 2405.13053; MoA, 2403.03432); log E at equal logits. Needs `expert_labels` in the
@@ -66,7 +73,13 @@ class TaskCrossEntropy(Frozen):
 
 
 Term = Annotated[
-    LoadBalance | Importance | LocalizedBalance | RouterZ | RoutingEntropy | TaskCrossEntropy,
+    LoadBalance
+    | Importance
+    | LocalizedBalance
+    | LogBalance
+    | RouterZ
+    | RoutingEntropy
+    | TaskCrossEntropy,
     Field(discriminator="kind"),
 ]
 

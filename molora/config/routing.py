@@ -91,6 +91,13 @@ class Fixed(Frozen):
     """One for each expert."""
 
 
+class ExpertOutputs(Frozen):
+    """logits = W n / τ of the experts' own outputs for a row, put together and normalised to length
+    1 (MoLE, 2404.13628); W of shape (E, E · out) and τ are learned."""
+
+    kind: Literal["expert_outputs"] = "expert_outputs"
+
+
 class XLoRA(Frozen):
     """logits = a classifier of the final hidden state that a first pass through the base gives
     (X-LoRA, 2402.07148), for the whole model."""
@@ -121,7 +128,7 @@ def _linear_by_default(data: Any) -> Any:
 
 
 Router = Annotated[
-    LinearRouter | Projection | UpdateNorm | Prototype | Fixed | XLoRA | Given,
+    LinearRouter | Projection | UpdateNorm | Prototype | Fixed | ExpertOutputs | XLoRA | Given,
     Field(discriminator="kind"),
     BeforeValidator(_linear_by_default),
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from molora.dtypes import apply_keeping_dtype
+from molora.experts.gates import grown, of_largest
 from molora.kernels import Backend, Base
 from molora.kernels.backend import Kernels
 from molora.kernels.lora_mix import reference
@@ -156,15 +157,21 @@ class ExpertBank(nn.Module):
         down_TP: Tensor | None = None,
         base: Base | None = None,
         product_TF: Tensor | None = None,
+        readout_NEF: Tensor | None = None,
     ) -> Tensor:
         """(T, in) and its rows' decision → (T, out); without one, all experts act with gate 1.
 
         With `base`, its product of x and the update. `down_TP` is the product of x with
         `shared_factor()`, if it was made already; `product_TF` is x Wᵀ of the base, which a bank
         that `reads_product` needs. With `slots_TK`, expert indices of a bank of one block, → (T, K,
-        out): the ungated update of each of them. All come through here because ZeRO-3 has a
-        module's parameters whole while the module is called, not in other methods.
+        out): the ungated update of each of them. With `readout_NEF`, (N, E, out) over all that a
+        decision counts, → (T, N + 1) in float32: the products of each (E, out) with the ungated
+        updates of a row without DoRA's rows, and the sum of their squares. All come through here
+        because ZeRO-3 has a module's parameters whole while the module is called, not in other
+        methods.
         """
+        if readout_NEF is not None:
+            return self._read_out(x_TD, readout_NEF)
         if slots_TK is not None:
             x = self.dropped_rows(x_TD, slots_TK)
             return self.rows(x, slots_TK, self.lora_A, self.lora_B)
@@ -191,10 +198,10 @@ class ExpertBank(nn.Module):
         gates_TE = routing.dense_gates()
         if self.columns is not None:
             own_TE = gates_TE.index_select(1, self.columns)
-            gates_TE = _grown(own_TE, gates_TE) if self.grow_gates else own_TE
+            gates_TE = grown(own_TE, gates_TE) if self.grow_gates else own_TE
         slots = acting(routing)
         parts = gates_TE.split([block.size for block in blocks], dim=1)
-        return [_of_largest(part, slots) for part in parts]
+        return [of_largest(part, slots) for part in parts]
 
     def _halves(
         self,
@@ -273,6 +280,31 @@ class ExpertBank(nn.Module):
             plan = _plan(kernels, index_TK, self.size, routing.plans)
         return kernels.lora_mix(x, gates_TK, index_TK, *factors, base=base, **plan)
 
+    def _read_out(self, x_TD: Tensor, readout_NEF: Tensor) -> Tensor:
+        if self.columns is not None:
+            readout_NEF = readout_NEF.index_select(1, self.columns)
+        own, *others = blocks = list(self.blocks())
+        parts = readout_NEF.split([block.size for block in blocks], dim=1)
+        found_TM = own._read_out_of_block(x_TD, parts[0])
+        for block, part in zip(others, parts[1:], strict=True):
+            found_TM = found_TM + block(x_TD, None, readout_NEF=part)
+        return found_TM
+
+    def _read_out_of_block(self, x_TD: Tensor, readout_NEF: Tensor) -> Tensor:
+        """As `forward`; the updates (T, E, out) are not made, as all is linear in A x of rank R."""
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        down_TER = torch.einsum("td,erd->ter", x_TD.to(dtype), self.lora_A.to(dtype))
+        up_EFR = self.lora_B.to(dtype)
+        if self.bias is not None:  # one more column of B, for which A x is 1
+            up_EFR = torch.cat([up_EFR, self.bias.to(dtype)[:, :, None]], dim=2)
+            down_TER = torch.cat([down_TER, torch.ones_like(down_TER[..., :1])], dim=2)
+        up_EFR = self.scaling.to(dtype)[:, None, None] * up_EFR
+        read_NER = torch.einsum("nef,efr->ner", readout_NEF.to(dtype), up_EFR)
+        products_TN = down_TER.flatten(1) @ read_NER.flatten(1).T
+        gram_ERR = up_EFR.mT @ up_EFR
+        squares_T = (torch.einsum("ter,ers->tes", down_TER, gram_ERR) * down_TER).sum(dim=(1, 2))
+        return torch.cat([products_TN, squares_T[:, None]], dim=1)
+
     def _drops(self) -> bool:
         return self.training and self.dropout > 0
 
@@ -341,32 +373,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a product with x: autocast's where it is on, else x's own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def _dense(gates_TE: Tensor) -> Routing:
-    """The decision that all experts act with these gates, which may be 0."""
-    every_TE = torch.arange(gates_TE.shape[1], device=gates_TE.device).expand_as(gates_TE)
-    chosen_TE = torch.ones_like(every_TE, dtype=torch.bool)
-    return Routing(None, gates_TE, gates_TE, every_TE, chosen_TE, in_order=True)
-
-
-def _of_largest(gates_TE: Tensor, slots: int | None) -> Routing:
-    """The decision with these gates, of which at most `slots` in a row are not 0."""
-    if slots is None or slots >= gates_TE.shape[1]:
-        return _dense(gates_TE)
-    index_TK = gates_TE.detach().abs().topk(slots, dim=-1).indices
-    gates_TK = gates_TE.gather(1, index_TK)
-    chosen_TK = torch.ones_like(index_TK, dtype=torch.bool)
-    return Routing(None, gates_TE, gates_TK, index_TK, chosen_TK)
-
-
-def _grown(own_TE: Tensor, gates_TE: Tensor) -> Tensor:
-    """Gates with the sum that those of all experts have; rows that have none of it stay."""
-    kept_T1 = own_TE.sum(dim=-1, keepdim=True)
-    some_T1 = kept_T1 != 0
-    return own_TE * torch.where(
-        some_T1, gates_TE.sum(dim=-1, keepdim=True) / torch.where(some_T1, kept_T1, 1), 1
-    )
 
 
 def _frozen(tensor: Tensor | None) -> nn.Parameter | None:

@@ -57,6 +57,20 @@ def importance(record: Routing) -> Tensor:
     return mass_E.var(unbiased=False) / (mass_E.mean() ** 2 + 1e-10)
 
 
+def log_balance(record: Routing) -> Tensor:
+    """−Σ_e log P_e, P the mean of the scores; E log E at uniform routing (MoLE, 2404.13628, Eq. 9).
+
+    Experts that cannot be chosen here, with a logit of −∞ in every row, are left out.
+    """
+    valid_T = record.valid_rows()
+    rows = valid_T.sum()
+    mean_score_E = (record.scores * valid_T[:, None]).sum(dim=0) / rows.clamp_min(1)
+    log_E = mean_score_E.clamp_min(torch.finfo(mean_score_E.dtype).tiny).log()
+    if record.logits is not None:
+        log_E = log_E * (record.logits > -torch.inf).any(dim=0)
+    return -log_E.sum() * (rows > 0)
+
+
 def localized_balance(record: Routing, *, delta: float, task_types_B: Tensor) -> Tensor:
     """LoRAMoE's constraint: var(Z) / mean(Z)², Z = Q · I (2312.09979).
 

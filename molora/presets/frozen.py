@@ -125,6 +125,22 @@ def linear(
     return {"site": site, "router": router, "select": _select(names, top_k, published=2)}
 
 
+def mole(names: Sequence[str], *, top_k: TopK = "all", balance: float = 0.01) -> Recipe:
+    """MoLE: softmax of a learned map of the experts' own outputs, at every linear (2404.13628).
+
+    Each token decides for itself, where the paper has one gate for a whole sequence, which would
+    see what comes later. `balance` weighs −log Π_e q_e, q_e the mean gate of expert e over the
+    linears; the paper's value is [unverified]. Costs E² · out parameters a linear. Experts with
+    DoRA are not read.
+    """
+    losses = [{"term": {"kind": "log_balance"}, "coefficient": balance, "scope": "model"}]
+    return {
+        "router": {"kind": "expert_outputs"},
+        "select": _select(names, top_k, published=len(names)),
+        "losses": losses if balance else [],
+    }
+
+
 def gate(names: Sequence[str]) -> Recipe:
     """σ(v_e · x) per token and linear: every expert acts, each with a learned gate of its own.
 
@@ -268,6 +284,7 @@ ROUTERS: dict[str, Callable[..., Recipe]] = {
     "average_activation": average_activation,
     "linear": linear,
     "gate": gate,
+    "mole": mole,
     "meteora": meteora,
     "moa": moa,
     "lora_flow": lora_flow,

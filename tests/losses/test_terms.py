@@ -26,6 +26,7 @@ TERMS: dict[str, Callable[[Routing], Tensor]] = {
     **{form: partial(terms.load_balance, form=form) for form in FORMS},
     "importance": terms.importance,
     "localized_balance": partial(terms.localized_balance, delta=0.2, task_types_B=TASK_TYPES),
+    "log_balance": terms.log_balance,
     "router_z": terms.router_z,
     "routing_entropy": terms.routing_entropy,
     "task_cross_entropy": partial(terms.task_cross_entropy, expert_labels_B=LABELS),
@@ -167,6 +168,21 @@ def test_routing_entropy_is_log_e_when_uniform_and_0_when_collapsed():
     )
     single = terms.routing_entropy(dense_record(collapsed_logits(7, 4, expert=2)))
     assert single.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_log_balance_is_minus_the_log_of_the_product_of_mean_scores():
+    logits_TE = torch.randn(7, 4)
+    mask = torch.arange(7) != 2
+    scores = logits_TE[mask].softmax(dim=-1).tolist()
+    expected = -math.log(math.prod(sum(row[e] for row in scores) / 6 for e in range(4)))
+    found = terms.log_balance(dense_record(logits_TE, mask=mask)).item()
+    assert found == pytest.approx(expected, rel=1e-5)
+    flat = terms.log_balance(dense_record(torch.zeros(7, 4))).item()
+    assert flat == pytest.approx(4 * math.log(4), rel=1e-6)
+    logits_TE[:, 1] = -torch.inf
+    absent = terms.log_balance(dense_record(logits_TE)).item()
+    rest = terms.log_balance(dense_record(logits_TE[:, [0, 2, 3]])).item()
+    assert absent == pytest.approx(rest, rel=1e-5)
 
 
 # ------------------------------------------------------------------ labels of experts
