@@ -56,20 +56,13 @@ def make_router(
     `choosable` says which experts it may choose; None: all.
     """
     config, shape = placement.group.router, (placement.num_experts, in_features)
+    start_of = partial(initial, seed=seed, dtype=dtype, device=device)
     router: nn.Module
     match config:
         case LinearRouter(init=start):
             std = start.std if isinstance(start, NormalInit) else 0.0
             router = learned.LinearRouter(
-                initial(
-                    f"{name}.router.weight",
-                    shape,
-                    start.kind,
-                    std,
-                    seed=seed,
-                    dtype=dtype,
-                    device=device,
-                ),
+                start_of(f"{name}.router.weight", shape, start.kind, std),
                 torch.zeros(shape[0], dtype=dtype, device=device) if config.bias else None,
                 temperature=config.temperature,
                 noise_std=config.noise_std,
@@ -100,15 +93,7 @@ def make_router(
             router = frozen.FixedRouter(torch.tensor(config.weights, device=device))
         case ExpertOutputs():
             width = shape[0] * placement.out_features
-            weight = initial(
-                f"{name}.router.weight",
-                (shape[0], width),
-                "kaiming",
-                0.0,
-                seed=seed,
-                dtype=dtype,
-                device=device,
-            )
+            weight = start_of(f"{name}.router.weight", (shape[0], width), "kaiming", 0.0)
             router = OutputsRouter(weight, torch.zeros(1, dtype=dtype, device=device))
         case _:
             raise AssertionError(f"{config.kind} decides for the whole model")
