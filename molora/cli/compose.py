@@ -35,8 +35,18 @@ Expert = Annotated[
 Router = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME",
-        help="What decides; `molora methods` lists them. [arrow, or with --from the one there]",
+        metavar="NAME|PATH",
+        help="What decides; `molora methods` lists them. Or where another package stored it: an "
+        "X-LoRA or Arrow directory of package peft, weights of LoraHub, settings of mergoo. "
+        "[arrow, or with --from the one there]",
+    ),
+]
+Vectors = Annotated[
+    str | None,
+    typer.Option(
+        metavar="arrow|DIR",
+        help="Vectors that the router starts from: the experts' own directions, or stored ones "
+        "(molora.compose.stored_vectors): gates for router phatgoose, else means.",
     ),
 ]
 Missing = Annotated[
@@ -74,6 +84,7 @@ def compose(
     base: Base = None,
     expert: Expert = None,
     router: Router = None,
+    vectors: Vectors = None,
     missing: Missing = None,
     new: New = None,
     trainable: Trainable = None,
@@ -108,13 +119,19 @@ def compose(
         base, source, router, new or (), overrides or (), train=train or ()
     )
     composing.check_place(out, settings)
-    experts = composing.read(expert or (), needed=source is None)
     chosen = {"missing": missing, "trainable": trainable or ()}
     with composing.notes_printed():
-        if source is None:
-            mixture = composing.composed(settings, experts, chosen)
+        if router is not None and composing.is_xlora(router):
+            composing.check_alone(source, new, trainable, vectors)
+            mixture = composing.of_xlora(settings, router, expert or (), missing)
         else:
-            mixture = composing.edited(source, settings, experts, {**chosen, "drop": drop or ()})
+            experts = composing.read(expert or (), needed=source is None)
+            composing.fill_router(settings, router, vectors, experts)
+            if source is None:
+                mixture = composing.composed(settings, experts, chosen)
+            else:
+                chosen["drop"] = drop or ()
+                mixture = composing.edited(source, settings, experts, chosen)
     if train:
         composing.trained(mixture, settings, out, quiet=quiet)
     else:

@@ -51,10 +51,10 @@ def settings_of(
         base = base_name(source, base)
     if base is None:
         raise ConfigError("--base is missing: the model that the experts were trained on.")
-    kept = router is None and source is not None
+    elsewhere = source is not None if router is None else is_stored(router)
     settings: dict[str, Any] = {
         "model": {"name": base, "dtype": "auto"},
-        "router": {} if kept else {"kind": router or "arrow"},
+        "router": {} if elsewhere else {"kind": router or "arrow"},
         "new": {name: {} for name in new},
         "mixture": {},
         "seed": 0,
@@ -107,6 +107,97 @@ def _types_of(router: Any) -> dict[str, Any]:
     return get_type_hints(ROUTERS[router]) if isinstance(router, str) and router in ROUTERS else {}
 
 
+def is_stored(router: str) -> bool:
+    """Whether it is the place of a router that another package stored."""
+    from molora.presets.frozen import ROUTERS
+
+    return router not in ROUTERS and Path(router).exists()
+
+
+def is_xlora(router: str) -> bool:
+    """Whether it is the place of an X-LoRA, which brings experts and a classifier along."""
+    from molora.io.formats.parsing import json_object
+    from molora.io.formats.xlora import AUTHORS_CONFIG
+    from molora.io.peft_files import CONFIG
+
+    if not is_stored(router):
+        return False
+    config = Path(router) / CONFIG
+    theirs = (Path(router) / AUTHORS_CONFIG).exists()
+    return theirs or (config.is_file() and json_object(config).get("peft_type") == "XLORA")
+
+
+def fill_router(
+    settings: dict[str, Any], router: str | None, vectors: str | None, experts: FrozenExperts | None
+) -> None:
+    """Put into the settings what of the router lies in files.
+
+    Raises:
+        ConfigError, CheckpointError: files of another kind, or for other experts.
+    """
+    from molora.compose.foreign import router_from
+    from molora.compose.stored_vectors import load_vectors
+
+    own = settings["router"]
+    if (router is not None and is_stored(router)) or vectors not in (None, "arrow"):
+        if experts is None:
+            raise ConfigError(
+                "a stored router or stored vectors are of experts that are given by --expert. With "
+                "--from say its settings as router.KEY=VALUE."
+            )
+        if router is not None and is_stored(router):
+            own = {**router_from(router, [*experts.names, *settings["new"]]), **own}
+    if vectors == "arrow":
+        own = {**own, "vectors": "arrow"}
+    elif vectors is not None:
+        assert experts is not None
+        kind = "gate" if own.get("kind") == "phatgoose" else "mean"
+        own = {**own, "vectors": load_vectors(vectors, experts, kind=kind)}  # type: ignore[arg-type]
+    settings["router"] = own
+
+
+def check_alone(source: Path | None, *others: Any) -> None:
+    """Raise ConfigError for options that an X-LoRA, which is complete, does not take."""
+    if source is not None or any(others):
+        raise ConfigError(
+            "--router names an X-LoRA, which has experts and a classifier: it takes no --from, "
+            "--new, --trainable and --vectors. Compose it, and change what comes out with --from."
+        )
+
+
+def of_xlora(
+    settings: Mapping[str, Any], router: str, pairs: Sequence[str], missing: str | None
+) -> Mixture:
+    """The mixture of an X-LoRA of package peft or of its authors.
+
+    Args:
+        settings: of the mixture.
+        router: its directory.
+        pairs: NAME=DIR of its adapters, where they do not lie in it.
+        missing: as in `compose`.
+    """
+    from molora.cli.experts import read_table
+    from molora.compose.edit import experts_of
+    from molora.compose.xlora import compose_xlora
+
+    if settings["router"]:
+        raise ConfigError(
+            f"router.{next(iter(settings['router']))}: the X-LoRA in {router} says it. Compose it, "
+            "and change it with --from."
+        )
+    options = settings["mixture"] | ({} if missing is None else {"missing": missing})
+    mixture = compose_xlora(
+        _model(settings),
+        router,
+        adapters=directories_of(pairs) or None,
+        seed=settings["seed"],
+        **options,
+    )
+    for line in read_table(experts_of(mixture)):
+        typer.echo(line)
+    return mixture
+
+
 def check_place(out: Path, settings: Mapping[str, Any]) -> None:
     """Raise CheckpointError if nothing could be written there, before anything is loaded."""
     from molora import io
@@ -122,6 +213,17 @@ def read(pairs: Sequence[str], *, needed: bool) -> FrozenExperts | None:
     from molora.cli.experts import read_table
     from molora.compose import load_experts
 
+    directories = directories_of(pairs)
+    if not directories and not needed:
+        return None
+    experts = load_experts(directories)
+    for line in read_table(experts):
+        typer.echo(line)
+    return experts
+
+
+def directories_of(pairs: Sequence[str]) -> dict[str, str]:
+    """Name → directory of NAME=DIR."""
     directories: dict[str, str] = {}
     for pair in pairs:
         name, equals, directory = pair.partition("=")
@@ -130,12 +232,7 @@ def read(pairs: Sequence[str], *, needed: bool) -> FrozenExperts | None:
         if name in directories:
             raise ConfigError(f"--expert {name} is given twice. Give each a name of its own.")
         directories[name] = directory
-    if not directories and not needed:
-        return None
-    experts = load_experts(directories)
-    for line in read_table(experts):
-        typer.echo(line)
-    return experts
+    return directories
 
 
 def composed(

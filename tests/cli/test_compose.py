@@ -17,6 +17,7 @@ from tiny_runs import write_rows
 from transformers import AutoModelForCausalLM
 
 import molora as package
+from molora.compose.stored_vectors import save_vectors
 from molora.presets.frozen import ROUTERS
 
 
@@ -194,6 +195,86 @@ def test_inspect_counts_a_router_with_two_tensors_once(
 ) -> None:
     assert molora("compose", *given, "--router", "lag", "--out", tmp_path).code == 0
     assert "6 linears with experts, 6 routers" in molora("inspect", tmp_path).out
+
+
+def test_routers_of_other_packages_are_read(
+    molora: Callable[..., Any],
+    base: Path,
+    experts: dict[str, Path],
+    given: list[Any],
+    tmp_path: Path,
+) -> None:
+    weights = {"math": 0.5, "code": -1.0, "law": 1.5}
+    (tmp_path / "weights.json").write_text(json.dumps(weights))
+    options = ["--router", tmp_path / "weights.json", "--out", tmp_path / "out"]
+    outcome = molora("compose", *given, *options)
+    assert outcome.code == 0, outcome.err
+    found = package.load(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
+    assert found.config.groups[0].router.weights == (0.5, -1.0, 1.5)  # type: ignore[union-attr]
+    settings = {"model_type": "llama", "num_experts_per_tok": 2, "base_model": "m"}
+    names = [{"expert_name": name, "model_id": name} for name in experts]
+    (tmp_path / "m.json").write_text(
+        json.dumps({**settings, "experts": names, "router_layers": ["q_proj"]})
+    )
+    options = ["--router", tmp_path / "m.json", "--vectors", "arrow", "router.temperature=2"]
+    outcome = molora("compose", *given, *options, "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    router = {"kind": "linear", "top_k": 2, "temperature": 2, "vectors": "arrow"}
+    found = package.load(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
+    expected = composed(base, experts, router=router)
+    assert found.config == expected.config
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+def test_an_xlora_is_composed_as_it_is(
+    molora: Callable[..., Any], given: list[Any], base: Path, tmp_path: Path
+) -> None:
+    options = ["--router", "xlora", "router.depth=2", "router.width=8", "seed=3"]
+    assert molora("compose", *given, *options, "--out", tmp_path / "one").code == 0
+    to = ["--to", "peft-xlora", "--out", tmp_path / "xlora"]
+    assert molora("export", tmp_path / "one", *to).code == 0
+    back = ["compose", "--base", base, "--router", tmp_path / "xlora", "--out", tmp_path / "two"]
+    outcome = molora(*back)
+    assert outcome.code == 0, outcome.err
+    assert [line.split()[0] for line in outcome.out.splitlines()[1:4]] == ["0", "1", "2"]
+    found, expected = (
+        logits(package.load(AutoModelForCausalLM.from_pretrained(base), tmp_path / name))
+        for name in ("two", "one")
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert "it takes no --from" in molora(*back, "--new", "x").err
+    assert "says it" in molora(*back, "router.depth=1").err
+    shutil.rmtree(tmp_path / "two")
+    moved = [f"--expert={number}={tmp_path / 'xlora' / str(number)}" for number in range(3)]
+    assert molora(*back, *moved).code == 0
+
+
+def test_stored_vectors_are_what_a_router_compares_with(
+    molora: Callable[..., Any],
+    base: Path,
+    experts: dict[str, Path],
+    given: list[Any],
+    tmp_path: Path,
+) -> None:
+    read = package.load_experts(experts)
+    source = torch.Generator().manual_seed(0)
+    vectors = {
+        name: {p: torch.randn(m.lora_A.shape[1], generator=source) for p, m in a.modules.items()}
+        for name, a in read.adapters.items()
+    }
+    save_vectors(tmp_path / "gates", vectors, read, kind="gate")
+    options = ["--router", "phatgoose", "--out", tmp_path / "out"]
+    assert "needs `vectors`" in molora("compose", *given, *options).err
+    outcome = molora("compose", *given, *options, "--vectors", tmp_path / "gates")
+    assert outcome.code == 0, outcome.err
+    expected = composed(base, experts, router={"kind": "phatgoose", "vectors": vectors})
+    found = package.load(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    means = ["--router", "average_activation", "--vectors", tmp_path / "gates"]
+    outcome = molora("compose", *given, *means, "--out", tmp_path / "other")
+    assert "holds vectors of kind 'gate'; this needs 'mean'" in outcome.err
+    on = ["--from", tmp_path / "out", "--vectors", tmp_path / "gates", "--out", tmp_path / "other"]
+    assert "given by --expert" in molora("compose", *on).err
 
 
 def test_training_makes_a_run_that_goes_on(
