@@ -75,7 +75,8 @@ def servable(
     """The same function in the servers' shape, but for the rounding to `dtype`.
 
     Args:
-        modules: of an expert or of a merge; not changed.
+        modules: of an expert or of a merge; not changed. Whether an expert is more than its modules
+            says `merging.kinds.check_fixed_update`.
         shapes: name → (out, in) of the base's linears, from `linear_shapes`. Without it, layers are
             counted up to the last one that is adapted, and the sizes of what is missing are taken
             from other layers, of k from v, of gate from up, and the other way round.
