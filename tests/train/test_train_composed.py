@@ -24,6 +24,8 @@ from molora.train import TrainResult, train
 from molora.train.dry_run import dry_run
 from molora.train.run import as_yaml
 
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs" / "compose").glob("*.yaml"))
 STEPS = {"max_steps": 20, "batch_size": 8, "learning_rate": 0.02, "logging_steps": 1}
 
 
@@ -163,6 +165,27 @@ def test_dry_run_shows_linears_by_their_last_names(
     }
     assert found.parameters == {"experts": 0, "router": 3 * (2 * 32 + 2 * 32 + 2 * 40)}
     assert found.sites == 6
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_configuration_can_run(
+    path: Path,
+    base: Path,
+    composed: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "runs").mkdir()
+    composed(new=["python"]).rename(tmp_path / "runs" / "composed")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    config = molora.load_config(path)
+    assert config.train.start_from == Path("runs/composed")
+    for source in (*config.data.train, *config.data.eval):
+        assert source.path is not None
+        assert source.path.is_file(), source.path
+    model = config.model.model_copy(update={"name": str(base)})
+    assert dry_run(config.model_copy(update={"model": model})).parameters["router"] > 0
 
 
 @pytest.mark.parametrize(
