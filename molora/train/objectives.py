@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molora.attach.losses import required_columns
 from molora.config import MixtureConfig
+from molora.config.allocation import smallest
 from molora.config.objective import DPO
 from molora.config.run import RunConfig
 from molora.data import Collator, Tokenized, padding_id, per_sequence, tokenize
@@ -40,18 +41,28 @@ def tokenized(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Tokenize
 def check_columns(mixture: MixtureConfig, data: Tokenized) -> None:
     """Raise DataError unless the training rows have the columns that the mixture's losses read."""
     for name in required_columns(mixture):
+        last, what = _largest(name, mixture)
         if name not in data.train.column_names:
             raise DataError(
                 f"data.train has no column `{name}`, which the auxiliary loss of "
-                f"{mixture.method!r} needs: 0 or 1 for every row. Add it to the rows, set "
+                f"{mixture.method!r} needs: {what} for every row. Add it to the rows, set "
                 f"`{name}` on each source of data.train, or turn the loss off with losses: []."
             )
         values = sorted(set(per_sequence(data.train, name)))
-        if not set(values) <= {0, 1}:
+        if values[0] < 0 or values[-1] > last:
+            wrong = [value for value in values if not 0 <= value <= last]
             raise DataError(
-                f"column `{name}` of data.train has the values {values[:6]}, but the auxiliary "
-                f"loss of {mixture.method!r} knows two types: use 0 and 1."
+                f"column `{name}` of data.train has the values {wrong[:6]}, but the auxiliary "
+                f"loss of {mixture.method!r} needs {what}."
             )
+
+
+def _largest(column: str, mixture: MixtureConfig) -> tuple[int, str]:
+    """The largest value of a column that a loss reads, and what its values are."""
+    if column == "task_types":
+        return 1, "0 or 1, a type"
+    experts = min(smallest(group.num_experts) for group in mixture.groups if group.routed)
+    return experts - 1, f"the number of an expert, 0 to {experts - 1}"
 
 
 def make_trainer(
