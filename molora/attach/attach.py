@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from molora.attach.banks import DTYPES, BankMaker, Brought, check_fit
-from molora.attach.build import Builder, Built, Surgery
+from molora.attach.build import Builder, Built
 from molora.attach.extras import Extras
 from molora.attach.hooks import ForwardHooks
 from molora.attach.losses import required_columns, weighted_terms
 from molora.attach.mixture import Mixture
 from molora.attach.plan import Plan, make_plan
+from molora.attach.surgery import Surgery
 from molora.config import Capacity, Group, Imported, LinearSite, MixtureConfig
 from molora.errors import AttachError, ConfigError
 from molora.experts import ExpertBank

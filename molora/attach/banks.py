@@ -20,16 +20,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Factors(Protocol):
-    """What an expert brings for one linear; see `molora.io.peft_adapter.AdapterModule`."""
+    """What an expert brings for one linear, or one stacked parameter; see `molora.io.adapter`. A
+    linear's may have `bias` and `magnitude`."""
 
     @property
     def lora_A(self) -> Tensor: ...
     @property
     def lora_B(self) -> Tensor: ...
-    @property
-    def bias(self) -> Tensor | None: ...
-    @property
-    def magnitude(self) -> Tensor | None: ...
 
 
 Brought = Mapping[str, Mapping[str, Factors]]
@@ -44,7 +41,7 @@ def check_fit(placements: Sequence[Placement], brought: Brought) -> None:
             factors = modules.get(placement.path)
             if factors is None:
                 continue
-            size = factors.lora_A.shape[-1], factors.lora_B.shape[0]
+            size = factors.lora_A.shape[-1], factors.lora_B.shape[-2]
             if size != (width, height):
                 raise AttachError(
                     f"expert {name} maps {size[0]} to {size[1]} features at {placement.path}, "
@@ -114,10 +111,13 @@ class BankMaker:
         return initial(name, shape, kind, std, seed=self.seed, dtype=self.dtype, device=device)
 
     def _imported(self, placement: Placement, form: Imported, device: torch.device) -> ExpertBank:
-        """One block for all experts that are stored alike; experts that lack the linear are out."""
-        blocks = blocks_of(form, placement.path)
-        columns = [column for members in blocks for column in members]
-        in_order = columns == list(range(len(form.experts)))
+        """One block for all experts that are stored alike; experts that lack the linear are out.
+
+        Of stacked weights every pair (expert e, weight j) is an expert of the bank, e · E_b + j.
+        """
+        blocks, each = blocks_of(form, placement.path), range(placement.stacked or 1)
+        columns = [len(each) * e + j for members in blocks for e in members for j in each]
+        in_order = columns == list(range(len(form.experts) * len(each)))
         return ExpertBank(
             [
                 self._block(
@@ -142,7 +142,8 @@ class BankMaker:
         name: str,
         device: torch.device,
     ) -> Block:
-        path, first, size = placement.path, experts[0], len(experts)
+        path, first, each = placement.path, experts[0], placement.stacked or 1
+        size = len(experts) * each
         rank = first.modules[path][0]
         dtype = self._dtype(first)
         shape_A, shape_B = (size, rank, placement.in_features), (size, placement.out_features, rank)
@@ -151,28 +152,28 @@ class BankMaker:
         if first.sha256 is None:
             empty_A = self._initial(placement, name, shape_A, "kaiming", 0.0, device)
         rows = init.empty((size, placement.out_features), dtype=dtype, device=device).zero_()
+        scalings = [e.modules[path][1] for e in experts for _ in range(each)]
+        has_bias, has_magnitude = (
+            has and placement.stacked is None for has in (first.has_bias, first.has_magnitude)
+        )
         block = Block(
             lora_A=empty_A,
             lora_B=empty_B,
-            scaling=torch.tensor([e.modules[path][1] for e in experts], device=device),
+            scaling=torch.tensor(scalings, device=device),
             trainable=first.trainable,
-            bias=rows if first.has_bias else None,
-            magnitude=rows.clone() if first.has_magnitude else None,
-            row_scale=torch.ones_like(rows, dtype=torch.float32) if first.has_magnitude else None,
+            bias=rows if has_bias else None,
+            magnitude=rows.clone() if has_magnitude else None,
+            row_scale=torch.ones_like(rows, dtype=torch.float32) if has_magnitude else None,
         )
         for number, expert in enumerate(experts):
             if path in self.brought.get(expert.name, {}):
-                _fill(block, number, self.brought[expert.name][path])
+                own = slice(number * each, (number + 1) * each)
+                _fill(block, own, self.brought[expert.name][path])
         return block
 
 
-def _fill(block: Block, number: int, factors: Factors) -> None:
-    pairs = (
-        (block.lora_A, factors.lora_A),
-        (block.lora_B, factors.lora_B),
-        (block.bias, factors.bias),
-        (block.magnitude, factors.magnitude),
-    )
-    for own, given in pairs:
+def _fill(block: Block, rows: slice, factors: Factors) -> None:
+    for name in ("lora_A", "lora_B", "bias", "magnitude"):
+        own, given = getattr(block, name), getattr(factors, name, None)
         if own is not None and given is not None:
-            own[number].copy_(given)
+            own[rows].copy_(given)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +30,8 @@ from molora.attach.routers import (
     select_function,
     slots_of,
 )
+from molora.attach.stacked import adapt_stacked
+from molora.attach.surgery import Surgery
 from molora.config import Capacity, Given, Group, Imported, XLoRA
 from molora.errors import AttachError
 from molora.experts import ExpertBank
@@ -49,47 +50,6 @@ from molora.routing.classifier import Standing
 MODEL = "model"
 """Name of the site that decides for all linears."""
 Decision = RoutingSite | SharedDecision | ModelDecision
-
-
-@dataclass
-class Surgery:
-    """What was changed on the base model, so that it can be taken back in reverse order."""
-
-    children: list[tuple[nn.Module, str]] = field(default_factory=list)
-    attributes: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
-    handles: list[Any] = field(default_factory=list)
-
-    def add_child(self, parent: nn.Module, name: str, child: nn.Module) -> None:
-        """Register `child`, refusing to hide something that is there."""
-        if hasattr(parent, name):
-            raise AttachError(
-                f"{type(parent).__name__} already has an attribute {name!r}, which molora needs "
-                "for its own module. Detach the mixture that is on the model first, or target "
-                "other modules."
-            )
-        parent.add_module(name, child)
-        self.children.append((parent, name))
-
-    def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
-        """Set an instance attribute, remembering one that was set before."""
-        self.attributes.append((module, name, module.__dict__.get(name, _ABSENT)))
-        module.__dict__[name] = value
-
-    def undo(self) -> None:
-        """Leave the base model as it was."""
-        for handle in self.handles:
-            handle.remove()
-        for module, name, previous in reversed(self.attributes):
-            if previous is _ABSENT:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = previous
-        for parent, name in reversed(self.children):
-            delattr(parent, name)
-
-
-class _ABSENT:
-    """There was no such attribute. A class, because a deep copy of an object is another object."""
 
 
 @dataclass
@@ -136,17 +96,22 @@ class Builder:
         """Put banks and routers on all linears of a plan."""
         self._placements = placements
         blocks: dict[str, list[Placement]] = {}
+        stacks: dict[str, list[Placement]] = {}
         for placement in placements:
-            module = self.model.get_submodule(placement.path)
+            module = self.model.get_submodule(placement.module)
             bank = self.banks.make(placement, _device(module))
             self.built.banks[placement.path] = bank
-            self.surgery.add_child(module, "experts", bank)
-            if placement.group.site.kind == "ffn" and placement.routed:
+            self.surgery.add_child(module, placement.child, bank)
+            if placement.stacked:
+                stacks.setdefault(placement.parent, []).append(placement)
+            elif placement.group.site.kind == "ffn" and placement.routed:
                 blocks.setdefault(placement.parent, []).append(placement)
             else:
                 self._adapt_linear(placement, module, bank)
         for path, members in blocks.items():
             self._adapt_feed_forward(path, members)
+        for path, members in stacks.items():
+            adapt_stacked(self, path, members)
         if self.share_products:
             self._share_products()
         self._check_dtypes()
@@ -184,7 +149,7 @@ class Builder:
                 )
 
     def _adapt_linear(self, placement: Placement, module: nn.Module, bank: ExpertBank) -> None:
-        decision = self._decision(placement, module) if placement.routed else None
+        decision = self.decision(placement, module) if placement.routed else None
         if decision is not None:
             site = decision if isinstance(decision, RoutingSite) else decision.site
             self.built.routed_by[placement.path] = site.name
@@ -202,13 +167,14 @@ class Builder:
             self.surgery.set_attribute(module, "in_features", placement.in_features)
             self.surgery.set_attribute(module, "out_features", placement.out_features)
 
-    def _decision(self, placement: Placement, module: nn.Module) -> Decision:
+    def decision(self, placement: Placement, module: nn.Module) -> Decision:
+        """What decides for a placement, whose weight or bank `module` has."""
         site = placement.group.site
         scope = site.scope if site.kind == "linear" else "linear"
         if scope == "model":
             return self._model_decision(placement, module)
         if scope == "linear":
-            return self._site(placement.path, module, [placement], placement.in_features)
+            return self.site(placement.path, module, [placement], placement.in_features)
         if scope == "layer" and placement.layer is None:
             raise AttachError(
                 f"{placement.path} belongs to no layer, so scope='layer' has no router for it."
@@ -250,7 +216,7 @@ class Builder:
             site = self._standing_site(MODEL, self.model, members)
             return GivenGates(site, first.num_experts)
         assert isinstance(config, XLoRA)
-        device = _device(self.model.get_submodule(first.path))
+        device = _device(self.model.get_submodule(first.module))
         classifier = make_classifier(
             config,
             in_features=hidden_size(self.model),
@@ -264,7 +230,8 @@ class Builder:
         self.built.routers["router"] = classifier
         if config.layerwise:
             sites = [
-                self._standing_site(p.path, self.model.get_submodule(p.path), [p]) for p in members
+                self._standing_site(p.path, self.model.get_submodule(p.module), [p], p.router)
+                for p in members
             ]
         else:
             keep_present(classifier, _choosable(members), device)
@@ -279,12 +246,12 @@ class Builder:
         )
 
     def _standing_site(
-        self, name: str, owner: nn.Module, members: Sequence[Placement]
+        self, name: str, owner: nn.Module, members: Sequence[Placement], child: str = "router"
     ) -> RoutingSite:
         """A site whose logits come from elsewhere."""
         router = Standing()
         keep_present(router, _choosable(members), _device(owner))
-        self.surgery.add_child(owner, "router", router)
+        self.surgery.add_child(owner, child, router)
         return self._site_of(name, router, members[0])
 
     def _shared_decision(self, owner: str, placement: Placement) -> SharedDecision:
@@ -292,7 +259,7 @@ class Builder:
         sharing = [p for p in self._placements if p.group is placement.group and _owner(p) == owner]
         in_features = block_in_features(module)
         shared = SharedDecision(
-            self._site(owner, module, sharing, in_features),
+            self.site(owner, module, sharing, in_features),
             in_features=in_features,
             num_experts=placement.num_experts,
         )
@@ -302,7 +269,7 @@ class Builder:
         self.surgery.handles.append(module.register_forward_hook(shared.after, always_call=True))
         return shared
 
-    def _site(
+    def site(
         self, name: str, owner: nn.Module, members: Sequence[Placement], in_features: int
     ) -> RoutingSite:
         """The site that decides for these placements, which are of one group."""
@@ -314,7 +281,7 @@ class Builder:
             choosable=_choosable(members),
             seed=self.banks.seed,
             dtype=self.banks.dtype,
-            device=_device(self.model.get_submodule(placement.path)),
+            device=_device(self.model.get_submodule(placement.module)),
         )
         self.surgery.add_child(owner, "router", router)
         self.built.routers[f"{name}.router"] = router
@@ -358,7 +325,7 @@ class Builder:
             self._projection(path, layout.down, members),
             is_deterministic=partial(is_deterministic, module, layout),
             finish=partial(finish, module, layout),
-            site=self._site(path, module, members, in_features),
+            site=self.site(path, module, members, in_features),
             context=self.context,
             base_forward=module.forward,
             overflow_input=isinstance(select, Capacity) and select.overflow == "input",

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from molora.attach import parameters
-from molora.attach.build import Built, Surgery
+from molora.attach.build import Built
 from molora.attach.extras import Extras
 from molora.attach.hooks import DeferredAux, ForwardHooks, Records
 from molora.attach.partition import check_whole
 from molora.attach.plan import Plan
 from molora.attach.row_scale import set_row_scales
 from molora.attach.side_inputs import SIDE_INPUTS
+from molora.attach.surgery import Surgery
 from molora.config import MixtureConfig
 from molora.config.base import unknown_name
 from molora.config.roles import Role

@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from molora.attach.families import Layer, feed_forward_layout, in_out_features, layer_of, stream_of
+from molora.attach.stacked import (
+    check_stacked,
+    in_model_order,
+    match_parameters,
+    stacked_features,
+)
 from molora.attach.targets import Match, match_paths, match_targets, untouched_experts
 from molora.config import (
     Capacity,
@@ -25,7 +31,7 @@ from molora.errors import AttachError, ConfigError
 
 @dataclass(frozen=True)
 class Placement:
-    """One linear and the bank that it gets."""
+    """One linear, or one parameter of stacked weights, and the bank that it gets."""
 
     path: str
     group: Group
@@ -37,6 +43,8 @@ class Placement:
     stream: str
     in_features: int
     out_features: int
+    stacked: int | None = None
+    """Number of the base's weights in the parameter; None for a linear."""
 
     @property
     def routed(self) -> bool:
@@ -49,12 +57,27 @@ class Placement:
         form = self.group.expert
         if isinstance(form, Imported):
             ranks = (e.modules[self.path][0] for e in form.experts if self.path in e.modules)
-            return sum(ranks) * self.out_features
+            return sum(ranks) * self.out_features * (self.stacked or 1)
         return self.num_experts * self.rank * self.out_features
 
     @property
     def parent(self) -> str:
         return self.path.rpartition(".")[0]
+
+    @property
+    def module(self) -> str:
+        """Path of the module that the bank belongs to."""
+        return self.parent if self.stacked else self.path
+
+    @property
+    def child(self) -> str:
+        """Name that the bank has there."""
+        return f"{self.path.rpartition('.')[2]}_lora" if self.stacked else "experts"
+
+    @property
+    def router(self) -> str:
+        """Name that a router of this placement alone has there."""
+        return f"{self.path.rpartition('.')[2]}_router" if self.stacked else "router"
 
 
 @dataclass(frozen=True)
@@ -79,9 +102,9 @@ def make_plan(model: nn.Module, config: MixtureConfig) -> Plan:
     placements: dict[str, Placement] = {}
     matches: list[Match] = []
     for group in config.groups:
-        exact = isinstance(group.expert, Imported)
         _check_targets_of_imported(group)
-        group_matches = (match_paths if exact else match_targets)(model, group.targets)
+        check_stacked(group)
+        group_matches = _matches(model, group)
         matches += group_matches
         for path in dict.fromkeys(path for match in group_matches for path in match.paths):
             if path in placements:
@@ -91,15 +114,27 @@ def make_plan(model: nn.Module, config: MixtureConfig) -> Plan:
                     "linear to one group."
                 )
             placements[path] = _place(model, path, group)
-    ordered = tuple(placements[path] for path, _ in model.named_modules() if path in placements)
-    return Plan(ordered, tuple(matches), untouched_experts(model))
+    ordered = in_model_order(model, placements.values())
+    return Plan(ordered, tuple(matches), untouched_experts(model, placements))
+
+
+def _matches(model: nn.Module, group: Group) -> tuple[Match, ...]:
+    form = group.expert
+    if not isinstance(form, Imported):
+        return match_targets(model, group.targets)
+    linears = match_paths(model, [path for path in group.targets if path not in form.stacked])
+    return linears + match_parameters(model, form.stacked)
 
 
 def _place(model: nn.Module, path: str, group: Group) -> Placement:
     layer = layer_of(model, path)
     if group.site.kind == "ffn":
         _check_in_feed_forward(model, path)
-    in_features, out_features = in_out_features(model.get_submodule(path))
+    form = group.expert
+    stacked = form.stacked.get(path) if isinstance(form, Imported) else None
+    in_features, out_features = (
+        stacked_features(model, path) if stacked else in_out_features(model.get_submodule(path))
+    )
     num_experts = _at_layer(group.num_experts, layer, path, "num_experts")
     top_k = None
     if isinstance(group.select, (TopK, Capacity)) and (num_experts > 1 or group.weighs_one_expert):
@@ -118,6 +153,7 @@ def _place(model: nn.Module, path: str, group: Group) -> Placement:
         stream=stream_of(model, path),
         in_features=in_features,
         out_features=out_features,
+        stacked=stacked,
     )
 
 
@@ -131,6 +167,9 @@ def _check_targets_of_imported(group: Group) -> None:
         raise ConfigError(
             f"targets of imported experts are the linears that they adapt, but {odd[0]} is {whose}."
         )
+    unknown = sorted(group.expert.stacked.keys() - adapted)
+    if unknown:
+        raise ConfigError(f"expert.stacked names {unknown[0]}, which no expert adapts.")
 
 
 def _rank(group: Group, layer: Layer | None, path: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -63,12 +63,16 @@ def match_paths(model: nn.Module, paths: Iterable[str]) -> tuple[Match, ...]:
     return tuple(Match(path, (path,)) for path in paths)
 
 
-def untouched_experts(model: nn.Module) -> tuple[str, ...]:
-    """Fused expert parameters (experts, out, in) of the base, which carry no LoRA experts."""
+def untouched_experts(model: nn.Module, adapted: Container[str] = ()) -> tuple[str, ...]:
+    """Fused expert parameters (experts, out, in) of the base, which carry no LoRA experts; those
+    `adapted` by imported ones aside."""
     return tuple(
         f"{name} {tuple(parameter.shape)}"
         for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and "lora_" not in name and layer_of(model, name) is not None
+        if parameter.dim() == 3
+        and "lora_" not in name
+        and name not in adapted
+        and layer_of(model, name) is not None
     )
 
 

@@ -11,12 +11,13 @@ from torch import nn
 
 from molora.attach import Mixture
 from molora.attach.attach import attach_with
+from molora.attach.stacked import check_stacked
 from molora.compose.experts import NAME, FrozenExperts
 from molora.compose.vectors import Vectors, fill_routers
 from molora.config import ExpertOutputs, Fixed, Given, Imported, LinearRouter, MixtureConfig, XLoRA
 from molora.config.base import unknown_name
 from molora.errors import ConfigError
-from molora.io.peft_adapter import Adapter
+from molora.io.adapter import Adapter, AdapterModule, ExpertParameter
 from molora.presets.frozen import recipe
 
 Missing = Literal["mask", "renorm", "zero", "error"]
@@ -35,7 +36,8 @@ def compose(
     seed: int = 0,
     **options: Any,
 ) -> Mixture:
-    """Put pretrained experts on the linears that they adapt, with a router over them.
+    """Put pretrained experts on the linears and stacked weights that they adapt, with a router over
+    them.
 
     Experts may differ in rank, scaling, dtype and linears. They are copied; neither they nor the
     base are changed.
@@ -63,7 +65,13 @@ def compose(
     config = composed_config(
         experts, router=given, missing=missing, trainable=trainable, new=new, **options
     )
-    brought = {name: adapter.modules for name, adapter in experts.adapters.items()}
+    if vectors == "arrow" and experts.parameters:
+        raise ConfigError(
+            f"router.vectors='arrow': experts adapt {experts.parameters[0]}, where an expert has "
+            "one direction for each of the base's weights, and so none to start a router from. "
+            "Leave vectors out."
+        )
+    brought = {name: _parts(adapter) for name, adapter in experts.adapters.items()}
     mixture = attach_with(model, config, seed=seed, brought=brought)
     try:
         mixture.refresh()
@@ -102,16 +110,18 @@ def composed_config(
             *(_described(n, a, n in trainable) for n, a in experts.adapters.items()),
             *(_new_expert(name, experts, settings) for name, settings in new.items()),
         ],
+        "stacked": _stacked(experts),
         "missing": _policy(missing, fields, experts),
         "dropout": {"p": dropout},
     }
     group = {
-        "targets": experts.modules,
+        "targets": [*experts.modules, *experts.parameters],
         "num_experts": len(names),
         "expert": form,
         **fields,
     }
     config = MixtureConfig.parse({"method": kind, "groups": [group], "losses": losses, **options})
+    check_stacked(config.groups[0])
     learned = isinstance(
         config.groups[0].router, LinearRouter | ExpertOutputs | XLoRA | Given | Fixed
     )
@@ -125,14 +135,9 @@ def composed_config(
 
 def _described(name: str, adapter: Adapter, trained: bool) -> dict[str, Any]:
     modules = adapter.modules.values()
-    if adapter.parameters:
-        raise ConfigError(
-            f"{name} adapts {next(iter(adapter.parameters))}, stacked weights of a "
-            "mixture-of-experts base, whose tokens the base itself has sorted. Experts go on "
-            "linears only; leave it out, or merge it into the base."
-        )
-    parts = [part for m in modules for part in (m.lora_A, m.lora_B, m.bias, m.magnitude)]
-    dtypes = {part.dtype for part in parts if part is not None}
+    parts = [part for p in _parts(adapter).values() for part in (p.lora_A, p.lora_B)]
+    parts += [part for m in modules for part in (m.bias, m.magnitude) if part is not None]
+    dtypes = {part.dtype for part in parts}
     # the only type that holds every value of two different ones
     dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32"
     has_magnitude = any(m.magnitude is not None for m in modules)
@@ -144,7 +149,7 @@ def _described(name: str, adapter: Adapter, trained: bool) -> dict[str, Any]:
         )
     return {
         "name": name,
-        "modules": {path: (m.rank, m.scaling) for path, m in adapter.modules.items()},
+        "modules": {path: (p.rank, p.scaling) for path, p in _parts(adapter).items()},
         "dtype": dtype,
         "trainable": trained,
         "has_bias": has_bias,
@@ -154,6 +159,16 @@ def _described(name: str, adapter: Adapter, trained: bool) -> dict[str, Any]:
         "revision": adapter.revision,
         "sha256": adapter.sha256,
     }
+
+
+def _parts(adapter: Adapter) -> dict[str, AdapterModule | ExpertParameter]:
+    return {**adapter.modules, **adapter.parameters}
+
+
+def _stacked(experts: FrozenExperts) -> dict[str, int]:
+    """Stacked parameters that experts adapt → the number of weights in each."""
+    every = [adapter.parameters for adapter in experts.adapters.values()]
+    return {path: p.num_experts for parameters in every for path, p in parameters.items()}
 
 
 def _new_expert(name: str, experts: FrozenExperts, settings: Mapping[str, float]) -> dict[str, Any]:
@@ -171,6 +186,11 @@ def _new_expert(name: str, experts: FrozenExperts, settings: Mapping[str, float]
             f"new.{name}: rank={rank}, alpha={alpha}; a rank is an integer from 1 on, alpha "
             "positive and finite."
         )
+    if not experts.modules:
+        raise ConfigError(
+            f"new: {name} would go on linears, but the others adapt stacked weights of the base "
+            "alone, on which experts stay frozen. Leave it out."
+        )
     modules = {path: (int(rank), alpha / rank) for path in experts.modules}
     return {"name": name, "modules": modules, "trainable": True}
 
@@ -178,12 +198,14 @@ def _new_expert(name: str, experts: FrozenExperts, settings: Mapping[str, float]
 def _policy(missing: Missing | None, fields: Mapping[str, Any], experts: FrozenExperts) -> str:
     if missing == "error":
         for name, adapter in experts.adapters.items():
-            lacking = [path for path in experts.modules if path not in adapter.modules]
+            every = [*experts.modules, *experts.parameters]
+            lacking = [path for path in every if path not in _parts(adapter)]
             if lacking:
+                more = f" and {len(lacking) - 1} more linears or parameters"
                 raise ConfigError(
                     f"expert {name} does not adapt {lacking[0]}"
-                    f"{f' and {len(lacking) - 1} more linears' if len(lacking) > 1 else ''}. Leave "
-                    "it out, or choose missing='mask', 'renorm' or 'zero'."
+                    f"{more if len(lacking) > 1 else ''}. Leave it out, or choose missing='mask', "
+                    "'renorm' or 'zero'."
                 )
         return "mask"
     shared = fields.get("site", {}).get("scope", "linear") != "linear"

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,13 @@ from molora.compose.experts import FrozenExperts
 from molora.config import Imported, ImportedExpert, MixtureConfig, Projection, Prototype, UpdateNorm
 from molora.config.base import unknown_name
 from molora.errors import ConfigError
-from molora.io.adapter import Adapter, AdapterModule
+from molora.io.adapter import Adapter, AdapterModule, ExpertParameter
 from molora.io.peft_values import update_norm
 from molora.presets.frozen import ROUTERS
 from molora.routing.classifier import HiddenStateClassifier
 from molora.routing.router import LinearRouter
+
+Part = TypeVar("Part")
 
 
 def experts_of(mixture: Mixture) -> FrozenExperts:
@@ -204,27 +206,37 @@ def _as_for_all(found: Mapping[str, Any], count: int) -> dict[str, Any]:
 def _experts(config: MixtureConfig, tensors: Mapping[str, Tensor], source: Path) -> FrozenExperts:
     form = imported_form(config)
     modules: dict[str, dict[str, AdapterModule]] = {name: {} for name in form.names}
+    parameters: dict[str, dict[str, ExpertParameter]] = {name: {} for name in form.names}
     for path in config.groups[0].targets:
         for block, columns in enumerate(blocks_of(form, path)):
             prefix = f"{path}.experts.{f'{block}.' if block else ''}"
             for row, column in enumerate(columns):
                 expert = form.experts[column]
-                modules[expert.name][path] = _module(expert, path, tensors, prefix, row)
+                if path in form.stacked:
+                    parameter = _parameter(expert, path, tensors, prefix, row, form.stacked[path])
+                    parameters[expert.name][path] = parameter
+                else:
+                    modules[expert.name][path] = _module(expert, path, tensors, prefix, row)
     adapters = {
         expert.name: Adapter(
             source=source,
             # in the order in which the adapter had them
-            modules=MappingProxyType({p: modules[expert.name][p] for p in expert.modules}),
+            modules=_in_order(modules[expert.name], expert),
             base=expert.base,
             revision=expert.revision,
             fan_in_fan_out=False,
             sha256=_hash(expert, modules[expert.name]),
             notes=(),
             invocation_tokens=expert.invocation_tokens,
+            parameters=_in_order(parameters[expert.name], expert),
         )
         for expert in form.experts
     }
     return FrozenExperts(MappingProxyType(adapters), ())
+
+
+def _in_order(parts: Mapping[str, Part], expert: ImportedExpert) -> Mapping[str, Part]:
+    return MappingProxyType({path: parts[path] for path in expert.modules if path in parts})
 
 
 def _module(
@@ -242,6 +254,20 @@ def _module(
         bias=part("bias") if expert.has_bias else None,
         magnitude=part("magnitude") if expert.has_magnitude else None,
     )
+
+
+def _parameter(
+    expert: ImportedExpert,
+    path: str,
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+    row: int,
+    each: int,
+) -> ExpertParameter:
+    own = slice(row * each, (row + 1) * each)
+    lora_A, lora_B = (tensors[f"{prefix}{name}"][own] for name in ("lora_A", "lora_B"))
+    scaling = expert.modules[path][1]
+    return ExpertParameter(lora_A, lora_B, scaling, update_norm(lora_A, lora_B, scaling))
 
 
 def _hash(expert: ImportedExpert, modules: Mapping[str, AdapterModule]) -> str:

@@ -195,6 +195,12 @@ def _checked(data: Mapping[str, Batches], experts: FrozenExperts) -> Iterable[tu
     for name in data:
         if name not in experts.names:
             raise ConfigError(f"data: {unknown_name('expert', str(name), list(experts.names))}")
+        stacked = next(iter(experts.adapters[name].parameters), None)
+        if stacked is not None:
+            raise ConfigError(
+                f"{name} adapts {stacked}, stacked weights of a base that is itself a mixture of "
+                "experts; vectors are made of what linears read. Leave it out."
+            )
     return data.items()
 
 

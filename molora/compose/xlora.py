@@ -141,6 +141,9 @@ def export_xlora(mixture: Mixture, directory: str | Path) -> None:
             "tokens after which it acts, which package peft would not heed": bool(
                 expert.invocation_tokens
             ),
+            "stacked weights of the base, which package peft's X-LoRA does not gate": bool(
+                form.stacked.keys() & expert.modules.keys()
+            ),
         }
         for reason, holds in what.items():
             if holds:

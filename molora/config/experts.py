@@ -56,7 +56,7 @@ class ImportedExpert(Frozen):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
     """What the expert is called."""
     modules: dict[str, tuple[PositiveInt, float]] = Field(min_length=1)
-    """Path of each linear that it adapts → its rank there, and its scaling."""
+    """Path of each linear or stacked parameter that it adapts → its rank there, and its scaling."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Storage of its factors."""
     trainable: bool = False
@@ -84,6 +84,9 @@ class Imported(Frozen):
     kind: Literal["imported"] = "imported"
     experts: tuple[ImportedExpert, ...] = Field(min_length=1)
     """The experts in the order of the router's outputs."""
+    stacked: dict[str, PositiveInt] = Field(default_factory=dict)
+    """Paths that are no linears but parameters of a base that is itself a mixture of experts → the
+    number of its weights in them. An expert has factors for each."""
     missing: Literal["mask", "renorm", "zero"] = "mask"
     """What an expert's part becomes at a linear that it does not adapt. mask: the linear's router
     cannot choose it. renorm: the gates of the others grow to the same sum. zero: it is lost."""

@@ -89,7 +89,8 @@ def check_model(model: object, mixture: Mixture) -> None:
 def check_head(mixture: Mixture) -> None:
     """Raise AttachError if experts are on the LM head, which TRL reads past its forward."""
     head = mixture.model.get_output_embeddings()  # type: ignore[operator]
-    for path in mixture.built.banks:
+    for placement in mixture.plan.placements:
+        path = placement.module
         if mixture.model.get_submodule(path) is head:
             raise AttachError(
                 f"{path} has experts, but TRL multiplies by {path}.weight itself, so they would "
