@@ -29,8 +29,24 @@ Expert = Annotated[
         "--expert",
         "--add",
         metavar="NAME=DIR",
-        help="A LoRA that package peft saved; may be given repeatedly.",
+        help="A LoRA that package peft saved, a directory or an id of the hub; may be given "
+        "repeatedly.",
     ),
+]
+Library = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Instead: every sub-directory with a LoRA, by its name."),
+]
+Initial = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=DIR",
+        help="The factors before training, of an expert whose start took a part out of the base "
+        "(PiSSA, OLoRA, CorDA, LoRA-GA); those of PiSSA and OLoRA follow from the base too.",
+    ),
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read .bin files, of experts that you trust.")
 ]
 Router = Annotated[
     str | None,
@@ -83,6 +99,9 @@ def compose(
     overrides: Overrides = None,
     base: Base = None,
     expert: Expert = None,
+    library: Library = None,
+    initial: Initial = None,
+    allow_pickle: AllowPickle = False,
     router: Router = None,
     vectors: Vectors = None,
     missing: Missing = None,
@@ -119,19 +138,24 @@ def compose(
         base, source, router, new or (), overrides or (), train=train or ()
     )
     composing.check_place(out, settings)
+    base_model = composing.Base(settings["model"])
     chosen = {"missing": missing, "trainable": trainable or ()}
     with composing.notes_printed():
         if router is not None and composing.is_xlora(router):
             composing.check_alone(source, new, trainable, vectors)
-            mixture = composing.of_xlora(settings, router, expert or (), missing)
+            mixture = composing.of_xlora(base_model, settings, router, expert or (), missing)
         else:
-            experts = composing.read(expert or (), needed=source is None)
+            experts = composing.read(
+                *(base_model, expert or (), library, initial or ()),
+                allow_pickle=allow_pickle,
+                needed=source is None,
+            )
             composing.fill_router(settings, router, vectors, experts)
             if source is None:
-                mixture = composing.composed(settings, experts, chosen)
+                mixture = composing.composed(base_model, settings, experts, chosen)
             else:
                 chosen["drop"] = drop or ()
-                mixture = composing.edited(source, settings, experts, chosen)
+                mixture = composing.edited(base_model, source, settings, experts, chosen)
     if train:
         composing.trained(mixture, settings, out, quiet=quiet)
     else:

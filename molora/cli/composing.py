@@ -26,6 +26,37 @@ START = "composed"
 """Directory of a run that has the mixture before it is trained."""
 
 
+class Base:
+    """The base model, loaded once it is needed.
+
+    Args:
+        settings: of `ModelConfig`.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        from molora.config.run import ModelConfig
+
+        self.config = ModelConfig.parse(settings)
+        self._model: Any = None
+
+    @property
+    def model(self) -> Any:
+        """The model in evaluation mode."""
+        if self._model is None:
+            from molora.train.loading import load_model
+
+            self._model = load_model(self.config)
+        return self._model
+
+    def weight(self, path: str) -> Any:
+        """(out, in) of one of its linears."""
+        from molora.attach.row_scale import base_weight
+        from molora.attach.targets import match_paths
+
+        match_paths(self.model, [path])
+        return base_weight(self.model.get_submodule(path))
+
+
 def settings_of(
     base: str | None,
     source: Path | None,
@@ -166,11 +197,16 @@ def check_alone(source: Path | None, *others: Any) -> None:
 
 
 def of_xlora(
-    settings: Mapping[str, Any], router: str, pairs: Sequence[str], missing: str | None
+    base: Base,
+    settings: Mapping[str, Any],
+    router: str,
+    pairs: Sequence[str],
+    missing: str | None,
 ) -> Mixture:
     """The mixture of an X-LoRA of package peft or of its authors.
 
     Args:
+        base: the base.
         settings: of the mixture.
         router: its directory.
         pairs: NAME=DIR of its adapters, where they do not lie in it.
@@ -187,7 +223,7 @@ def of_xlora(
         )
     options = settings["mixture"] | ({} if missing is None else {"missing": missing})
     mixture = compose_xlora(
-        _model(settings),
+        base.model,
         router,
         adapters=directories_of(pairs) or None,
         seed=settings["seed"],
@@ -207,16 +243,31 @@ def check_place(out: Path, settings: Mapping[str, Any]) -> None:
         io.check_writable(out / START)
 
 
-def read(pairs: Sequence[str], *, needed: bool) -> FrozenExperts | None:
-    """The experts of NAME=DIR, with a line for each on the terminal; None for none, if not
-    `needed`."""
+def read(
+    base: Base,
+    pairs: Sequence[str],
+    library: Path | None,
+    initial: Sequence[str],
+    *,
+    allow_pickle: bool,
+    needed: bool,
+) -> FrozenExperts | None:
+    """The experts of NAME=DIR or of a library, with a line for each on the terminal; None for none,
+    if not `needed`."""
     from molora.cli.experts import read_table
     from molora.compose import load_experts
 
     directories = directories_of(pairs)
-    if not directories and not needed:
+    if library is not None and directories:
+        raise ConfigError("--expert and --library both name the experts. Give one of the two.")
+    if library is None and not directories and not needed:
         return None
-    experts = load_experts(directories)
+    experts = load_experts(
+        directories if library is None else library,
+        allow_pickle=allow_pickle,
+        initial=directories_of(initial) or None,
+        base_weight=base.weight,
+    )
     for line in read_table(experts):
         typer.echo(line)
     return experts
@@ -236,17 +287,20 @@ def directories_of(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def composed(
-    settings: Mapping[str, Any], experts: FrozenExperts | None, chosen: Mapping[str, Any]
+    base: Base,
+    settings: Mapping[str, Any],
+    experts: FrozenExperts | None,
+    chosen: Mapping[str, Any],
 ) -> Mixture:
     """The mixture of experts that were read, on its base."""
     from molora.compose import compose
 
     assert experts is not None
-    model = _model(settings)
-    return compose(model, experts, router=settings["router"], **_keywords(settings), **chosen)
+    return compose(base.model, experts, router=settings["router"], **_keywords(settings), **chosen)
 
 
 def edited(
+    base: Base,
     source: Path,
     settings: Mapping[str, Any],
     add: FrozenExperts | None,
@@ -256,7 +310,7 @@ def edited(
     from molora.attach import load
     from molora.compose.edit import edited as with_others
 
-    mixture = load(_model(settings), source)
+    mixture = load(base.model, source)
     router = settings["router"]
     return with_others(mixture, add=add, router=router, **_keywords(settings), **chosen)
 
@@ -288,13 +342,6 @@ def trained(mixture: Mixture, settings: Mapping[str, Any], out: Path, *, quiet: 
 
 def _keywords(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"new": settings["new"], "seed": settings["seed"], **settings["mixture"]}
-
-
-def _model(settings: Mapping[str, Any]) -> Any:
-    from molora.config.run import ModelConfig
-    from molora.train.loading import load_model
-
-    return load_model(ModelConfig.parse(settings["model"]))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from molora.cli.inspect import aligned
 if TYPE_CHECKING:
     from molora.compose import FrozenExperts
     from molora.config import Group, Imported, MixtureConfig
+    from molora.io.adapter import AdapterModule, ExpertParameter
 
 # Names in adapters are untrusted text: nothing in them may steer the terminal.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -22,10 +23,11 @@ def read_table(experts: FrozenExperts) -> list[str]:
     """A line for each expert that was read: ranks, linears, and the size of its whole update."""
     rows: list[tuple[str, ...]] = [("expert", "rank", "linears", "‖ΔW‖", "base")]
     for name, adapter in experts.adapters.items():
-        modules = adapter.modules.values()
-        norm = math.sqrt(sum(module.update_norm**2 for module in modules))
-        ranks = span([module.rank for module in modules])
-        rows.append((name, ranks, str(len(modules)), f"{norm:.3g}", _base(adapter.base)))
+        parts: list[AdapterModule | ExpertParameter]
+        parts = [*adapter.modules.values(), *adapter.parameters.values()]
+        norm = math.sqrt(sum(part.update_norm**2 for part in parts))
+        ranks = span([part.rank for part in parts])
+        rows.append((name, ranks, str(len(parts)), f"{norm:.3g}", _base(adapter.base)))
     return aligned(rows)
 
 

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft_experts import save_experts
+from safetensors.torch import load_file
 from tiny_models import batch_for
 from tiny_runs import write_rows
 from transformers import AutoModelForCausalLM
@@ -92,7 +94,7 @@ def test_new_and_trainable_experts_and_settings_of_the_mixture(
     assert found.num_parameters()["experts"] > 0
 
 
-@pytest.mark.parametrize("router", ["uniform", "spectr", "lora_flow", "hard_top1"])
+@pytest.mark.parametrize("router", ["uniform", "lag", "lora_flow", "hard_top1", "xlora"])
 def test_prompts_of_unequal_length_generate_together_as_alone(
     molora: Callable[..., Any], given: list[Any], tmp_path: Path, router: str
 ) -> None:
@@ -195,6 +197,61 @@ def test_inspect_counts_a_router_with_two_tensors_once(
 ) -> None:
     assert molora("compose", *given, "--router", "lag", "--out", tmp_path).code == 0
     assert "6 linears with experts, 6 routers" in molora("inspect", tmp_path).out
+
+
+def test_a_library_is_every_adapter_of_a_directory(
+    molora: Callable[..., Any], base: Path, experts: dict[str, Path], tmp_path: Path
+) -> None:
+    library = next(iter(experts.values())).parent
+    outcome = molora("compose", "--base", base, "--library", library, "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    found = package.load(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
+    assert found.config.groups[0].expert.names == ("code", "law", "math")  # type: ignore[union-attr]
+    both = ["--library", library, "--expert", f"x={library / 'math'}", "--out", tmp_path / "out"]
+    assert "Give one of the two" in molora("compose", "--base", base, *both).err
+
+
+def test_starts_in_the_base_are_converted_by_the_base(
+    molora: Callable[..., Any], base: Path, tmp_path: Path
+) -> None:
+    settings = {"target_modules": ["q_proj"], "r": 4, "lora_alpha": 8}
+    kinds = {"pissa": {**settings, "init_lora_weights": "pissa"}}
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(**kinds["pissa"])
+    )
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "before")
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.mul_(1.5)
+    with torch.no_grad():
+        expected = model(**batch_for(model, labels=False)).logits
+    model.peft_config["default"].init_lora_weights = "pissa"
+    model.save_pretrained(tmp_path / "pissa")
+    options = ["--router", "uniform", "--expert", f"pissa={tmp_path / 'pissa'}"]
+    given = [[], ["--initial", f"pissa={tmp_path / 'before'}"]]
+    for number, initial in enumerate(given):
+        out = tmp_path / str(number)
+        outcome = molora("compose", "--base", base, *options, *initial, "--out", out)
+        assert outcome.code == 0, outcome.err
+        assert "converted from pissa" in outcome.out
+        found = package.load(AutoModelForCausalLM.from_pretrained(base), out)
+        torch.testing.assert_close(logits(found), expected, rtol=1e-3, atol=1e-3)
+        with found.disabled():
+            assert (logits(found) - expected).abs().max() > 0.05
+
+
+def test_pickled_adapters_are_read_only_if_that_is_allowed(
+    molora: Callable[..., Any], base: Path, experts: dict[str, Path], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(experts["math"], tmp_path / "copy")
+    tensors = load_file(copy / "adapter_model.safetensors")
+    (copy / "adapter_model.safetensors").unlink()
+    torch.save(tensors, copy / "adapter_model.bin")
+    arguments = ["compose", "--base", base, "--expert", f"math={copy}", "--out", tmp_path / "out"]
+    assert molora(*arguments).code == 2
+    outcome = molora(*arguments, "--allow-pickle")
+    assert outcome.code == 0, outcome.err
 
 
 def test_routers_of_other_packages_are_read(
