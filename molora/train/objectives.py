@@ -45,24 +45,24 @@ def check_columns(mixture: MixtureConfig, data: Tokenized) -> None:
         if name not in data.train.column_names:
             raise DataError(
                 f"data.train has no column `{name}`, which the auxiliary loss of "
-                f"{mixture.method!r} needs: {what} for every row. Add it to the rows, set "
+                f"{mixture.method!r} needs: {what}, one for every row. Add it to the rows, set "
                 f"`{name}` on each source of data.train, or turn the loss off with losses: []."
             )
         values = sorted(set(per_sequence(data.train, name)))
         if values[0] < 0 or values[-1] > last:
             wrong = [value for value in values if not 0 <= value <= last]
             raise DataError(
-                f"column `{name}` of data.train has the values {wrong[:6]}, but the auxiliary "
-                f"loss of {mixture.method!r} needs {what}."
+                f"column `{name}` of data.train has the values {wrong[:6]}, but for the "
+                f"auxiliary loss of {mixture.method!r} use {what}."
             )
 
 
 def _largest(column: str, mixture: MixtureConfig) -> tuple[int, str]:
     """The largest value of a column that a loss reads, and what its values are."""
     if column == "task_types":
-        return 1, "0 or 1, a type"
+        return 1, "0 and 1, its two types"
     experts = min(smallest(group.num_experts) for group in mixture.groups if group.routed)
-    return experts - 1, f"the number of an expert, 0 to {experts - 1}"
+    return experts - 1, f"0 to {experts - 1}, the numbers of the experts"
 
 
 def make_trainer(

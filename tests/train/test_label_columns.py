@@ -35,8 +35,8 @@ def rows(**columns: list[int]) -> Tokenized:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "no column `expert_labels`.*the number of an expert, 0 to 2 for every row"),
-        ({"expert_labels": [0, 3, 1]}, r"values \[3\].*needs the number of an expert, 0 to 2"),
+        ({}, "no column `expert_labels`.*0 to 2, the numbers of the experts, one for"),
+        ({"expert_labels": [0, 3, 1]}, r"values \[3\].*use 0 to 2, the numbers"),
         ({"task_types": [0, 1, 1]}, "no column `expert_labels`"),
     ],
 )
@@ -49,6 +49,6 @@ def test_labels_are_numbers_of_experts(given: dict[str, list[int]], message: str
 
 def test_types_are_two() -> None:
     config = molora.presets.loramoe()
-    with pytest.raises(DataError, match=r"values \[2\].*needs 0 or 1"):
+    with pytest.raises(DataError, match=r"values \[2\].*use 0 and 1"):
         check_columns(config, rows(task_types=[0, 1, 2]))
     check_columns(config, rows(task_types=[0, 1, 1]))
