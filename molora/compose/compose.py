@@ -208,6 +208,12 @@ def _policy(missing: Missing | None, fields: Mapping[str, Any], experts: FrozenE
                     "'renorm' or 'zero'."
                 )
         return "mask"
+    weights = fields["router"].get("weights", ())
+    if missing == "renorm" and any(weight < 0 for weight in weights):
+        raise ConfigError(
+            "missing='renorm' makes gates grow to the sum that all have, which means nothing with "
+            f"a negative weight ({min(weights)}). Use 'zero'."
+        )
     shared = fields.get("site", {}).get("scope", "linear") != "linear"
     return missing or ("zero" if shared else "mask")
 

@@ -61,6 +61,8 @@ def spectr(
 
     The scaling is part of ΔW_e, of which the paper says nothing; k = 3 and temperature 1 are
     [unverified]. `relative` divides by ‖ΔW_e‖ (ours), without which one large update wins always.
+    Of an expert with DoRA, ΔW_e is c ∘ B A, without what its magnitudes make of W; so is the
+    direction in Arrow.
     """
     router = {"kind": "update_norm", "temperature": temperature, "relative": relative}
     return {"router": router, "select": _select(names, top_k, published=3)}

@@ -118,6 +118,15 @@ def test_an_error_names_what_lacks_where(tmp_path: Path) -> None:
     assert mixture.built.sites
 
 
+def test_negative_weights_grow_to_no_sum(tmp_path: Path) -> None:
+    experts = load_set(tmp_path, RAGGED)
+    weights = {"math": 1.0, "code": -0.9, "law": 0.5, "art": 0.0}
+    router = {"kind": "fixed", "weights": weights}
+    with pytest.raises(ConfigError, match=r"negative weight \(-0\.9\). Use 'zero'"):
+        molora.compose(tiny("llama"), experts, router=router, missing="renorm")
+    molora.compose(tiny("llama"), experts, router=router, missing="zero")
+
+
 @pytest.mark.parametrize("router", ["arrow", "spectr", "lag", "linear", "hard_top1", "uniform"])
 def test_records_and_statistics_leave_out_who_is_absent(tmp_path: Path, router: str) -> None:
     experts = load_set(tmp_path, RAGGED)
