@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import molora
 from molora.config import Importance, LoadBalance, Loss, MixtureConfig, RouterZ
 from molora.presets import lora, loramoe, mixlora, mola
+from molora.presets.frozen import recipe
 
 LENGTHS = ((7, 4), (5, 6))
 """Lengths of the rows of rank 0 and of rank 1: as many rows, not as many tokens."""
@@ -121,6 +122,35 @@ SCENARIOS: dict[str, Scenario] = {
         **DISJOINT,
     ),
     "t5": Scenario(mola(**E6, losses=BALANCED), family="t5"),
+}
+
+
+def composed(router: str | Mapping[str, Any], *, trained: bool) -> MixtureConfig:
+    """Two frozen experts of unlike ranks and linears and, if `trained`, one that learns."""
+    names = ["q_proj", "o_proj", "down_proj"]
+    paths = [
+        f"model.layers.{layer}.{'mlp' if name == 'down_proj' else 'self_attn'}.{name}"
+        for layer in range(2)
+        for name in names
+    ]
+    experts = [
+        {"name": "wide", "modules": dict.fromkeys(paths, (3, 0.7))},
+        {"name": "narrow", "modules": dict.fromkeys(paths[::3], (2, 1.0))},
+        {"name": "new", "modules": dict.fromkeys(paths, (3, 1.0)), "trainable": True},
+    ][: 3 if trained else 2]
+    kind, fields = recipe([expert["name"] for expert in experts], router)
+    form = {"kind": "imported", "experts": experts, "missing": "zero"}
+    group = {"targets": paths, "num_experts": len(experts), "expert": form, **fields}
+    return MixtureConfig.parse({"method": kind, "groups": [group]})
+
+
+SCENARIOS |= {
+    "composed": Scenario(composed("linear", trained=True), optimiser="adamw"),
+    "composed-layer": Scenario(composed("lora_flow", trained=True), checkpointing=True),
+    "composed-xlora": Scenario(
+        composed({"kind": "xlora", "layerwise": True, "depth": 2, "width": 8}, trained=False),
+        checkpointing=True,
+    ),
 }
 
 

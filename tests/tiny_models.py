@@ -128,7 +128,7 @@ def randomize(mixture: Mixture, std: float = 0.3, *, seed: int = 0) -> None:
     base is left."""
     source = torch.Generator().manual_seed(seed)
     for name, tensor in mixture.state_dict().items():
-        if name.endswith(("lora_B", "router.weight")):
+        if name.endswith("lora_B") or "router." in name:
             tensor.copy_(torch.randn(tensor.shape, generator=source) * std)
 
 

@@ -78,11 +78,14 @@ def _compare(name: str, scenario: Scenario, expected: Step) -> dict[str, Any]:
     }
     if scenario.base_dtype != torch.float32:
         figures |= _rounding(scenario, expected, state)
-    moves = differences(expected.before, expected.after).values()
+    moves = differences(expected.before, expected.after)
+    stays = {name for name, p in mixture.named_parameters() if not p.requires_grad}
+    drifts = differences(expected.before, state)
     return {
         **_largest(figures),
-        "smallest_move": min(moves),
-        "largest_move": max(moves),
+        "smallest_move": min(moves[name] for name in moves if name not in stays),
+        "largest_move": max(moves.values()),
+        "frozen_move": max((drifts[name] for name in stays), default=0.0),
         "partitioned": all(partitioned),
         "usage": _usage(records),
     }

@@ -55,7 +55,7 @@ def check(found: dict[str, Any], engine: str, name: str) -> None:
         if engine != "zero0":  # which has no norm to tell
             assert found["norm_error"] < tolerance
     assert found["loss_error"] < TOLERANCE
-    assert found["base_drift"] == 0
+    assert found["base_drift"] == found["frozen_move"] == 0
     assert found["partitioned"] == partitioning
     check_usage(found["usage"], scenario.routing)
 
