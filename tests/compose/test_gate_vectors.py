@@ -205,6 +205,16 @@ def test_mistakes_are_named_and_leave_the_model(tmp_path: Path, mistake: str) ->
     assert not model.training
 
 
+def test_experts_of_stacked_weights_have_no_vectors(tmp_path: Path) -> None:
+    path = "mlp.experts.down_proj"
+    settings = {"one": {"target_modules": ["q_proj"], "target_parameters": [path]}}
+    experts = load_set(tmp_path, settings, "mixtral")
+    model = tiny("mixtral")
+    for make in (train_gate_vectors, mean_activations):
+        with pytest.raises(ConfigError, match=r"one adapts .*experts\.down_proj, stacked weights"):
+            make(model, experts, {"one": [batch_for(model)]})
+
+
 @pytest.mark.parametrize("kind", ["nothing", "padding", "packed"])
 def test_means_of_nothing_are_refused(tmp_path: Path, kind: str) -> None:
     experts = load_set(tmp_path, SET)
