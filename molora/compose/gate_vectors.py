@@ -31,7 +31,7 @@ def train_gate_vectors(
     warmup: float = 0.06,
 ) -> dict[str, dict[str, Tensor]]:
     """PHATGOOSE's gate of each expert: v in y = W x + σ(v · x) · ΔW_e x, from 0, so that the gate
-    starts at 0.5 (Muqeeth et al., 2402.05859, section 3). Nothing else is trained.
+    starts at 0.5 (Muqeeth et al., 2402.05859). Nothing else is trained.
 
     AdamW without weight decay at a constant rate after a linear warm-up, as the authors train their
     LoRAs; a package of others takes 1e-3 for the gates. The result does not depend on the order

@@ -58,7 +58,7 @@ def importance(record: Routing) -> Tensor:
 
 
 def log_balance(record: Routing) -> Tensor:
-    """−Σ_e log P_e, P the mean of the scores; E log E at uniform routing (MoLE, 2404.13628, Eq. 9).
+    """−Σ_e log P_e, P the mean of the scores; E log E at uniform routing (MoLE, 2404.13628).
 
     Experts that cannot be chosen here, with a logit of −∞ in every row, are left out.
     """

@@ -20,7 +20,7 @@ SHORTEST = 1e-12
 class OutputsRouter(nn.Module):
     """logits = W n / τ, n = (y_1, …, y_E) / ‖(y_1, …, y_E)‖, the updates of all experts for a row.
 
-    Source: MoLE (2404.13628, Eq. 4–6). There the outputs of a whole sequence are one vector, so
+    Source: MoLE (2404.13628). There the outputs of a whole sequence are one vector, so
     that every token depends on later ones; here each row has logits of its own. How the paper
     normalises is [unverified]; τ is learned as exp of a parameter that starts at 0, which keeps it
     positive.
