@@ -145,8 +145,9 @@ def _shown(
     console = Console(stderr=True)
     if progress is None:
         progress = console.is_terminal and len(experts) >= MANY
-    text = "Reading experts"
-    return track(experts.items(), text, len(experts), console=console, disable=not progress)
+    if not progress:  # track starts a thread even where it shows nothing
+        return experts.items()
+    return track(experts.items(), "Reading experts", len(experts), console=console)
 
 
 def _check_shapes_agree(adapters: Mapping[str, Adapter]) -> None:

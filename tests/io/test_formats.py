@@ -19,6 +19,7 @@ from torch import Tensor
 
 from molora.errors import CheckpointError, ConfigError, MoLoRAError
 from molora.io.formats import (
+    parsing,
     read_arrow,
     read_gate_vectors,
     read_lorahub_weights,
@@ -108,8 +109,13 @@ def test_mergoo_settings_are_read(tmp_path: Path, name: str) -> None:
 
 def test_what_mergoo_composed_is_read(tmp_path: Path) -> None:
     composed = {
-        "model_type": "mistral", "hidden_size": 8, "num_experts": 2, "num_experts_per_tok": 1,
-        "router_layers": ["q_proj"], "router_layers_index": [0, 1], "adapter_configs": [{}, {}],
+        "model_type": "mistral",
+        "hidden_size": 8,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "router_layers": ["q_proj"],
+        "router_layers_index": [0, 1],
+        "adapter_configs": [{}, {}],
     }
     found = read_mergoo(_json(tmp_path / "config.json", composed))
     assert (found.num_experts, found.router_layers, found.router_layers_index) == (
@@ -317,6 +323,15 @@ def test_gate_vectors_of_another_adapter_are_refused(tmp_path: Path) -> None:
         write_gate_vectors(tmp_path, wrong)
         with pytest.raises(CheckpointError, match="differ at"):
             read_gate_vectors(tmp_path, adapter=adapter)
+
+
+def test_the_size_of_a_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _json(tmp_path / "a", {"a": 1})
+    monkeypatch.setattr(parsing, "MAX_CONFIG", path.stat().st_size)
+    assert read_lorahub_weights(path)
+    monkeypatch.setattr(parsing, "MAX_CONFIG", path.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match="bytes, and at most"):
+        read_lorahub_weights(path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "{", "[" * 100_000, "9" * 5000, "\ud800"])
