@@ -6,7 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,12 +62,15 @@ class Bank:
     shared_A: bool = False
     sizes: tuple[int, ...] = ()
     """Experts of each block; may be left out if there is one."""
+    stacked: int = 1
+    """Weights of a parameter of the base's own experts, each with the bank's experts of its own."""
 
     def __str__(self) -> str:
         counts: dict[int, int] = defaultdict(int)
         for rank, size in zip(self.ranks, self.sizes or (self.num_experts,), strict=True):
-            counts[rank] += size
-        return " + ".join(f"{counts[rank]}×{rank}" for rank in sorted(counts))
+            counts[rank] += size // self.stacked
+        shown = " + ".join(f"{counts[rank]}×{rank}" for rank in sorted(counts))
+        return shown if self.stacked == 1 else f"{self.stacked} × ({shown})"
 
 
 def described(directory: Path, manifest: Manifest) -> Iterable[str]:
@@ -76,7 +79,7 @@ def described(directory: Path, manifest: Manifest) -> Iterable[str]:
     from molora.cli.experts import routing_lines, saved_table
 
     shapes = {name: info.shape for name, info in manifest.tensors.items()}
-    banks = banks_of(shapes)
+    banks = [_with_stack(bank, manifest.mixture) for bank in banks_of(shapes)]
     routers = {name.partition(".router.")[0] for name in shapes if ".router." in name}
     yield (
         f"method   {manifest.mixture.method} (format {manifest.format_version}, written by "
@@ -120,6 +123,11 @@ def banks_of(shapes: Mapping[str, tuple[int, ...]]) -> list[Bank]:
     return banks
 
 
+def _with_stack(bank: Bank, config: MixtureConfig) -> Bank:
+    stacked = (getattr(group.expert, "stacked", {}).get(bank.path) for group in config.groups)
+    return replace(bank, stacked=next(filter(None, stacked), 1))
+
+
 def parameters_by_role(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Numbers of saved values: experts, router, other if there are any, and all."""
     counts = {"experts": 0, "router": 0, "other": 0}
@@ -156,7 +164,8 @@ def backend_table(banks: Iterable[Bank], config: MixtureConfig) -> list[str]:
     from molora.cli.backends import choices
     from molora.kernels.cost import TRAINING_ROWS
 
-    found = choices(list(banks), config)
+    # what the base's own experts have is computed with the rows that it sorts, by no backend
+    found = choices([bank for bank in banks if bank.stacked == 1], config)
     linears: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for choice in found.of_banks:
         bank, acting = choice.bank, choice.acting or "all"

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from molora import io
 from molora.attach import Mixture, load
 from molora.attach.families import in_out_features
-from molora.compose.edit import imported_form, saved_experts
+from molora.compose.edit import experts_of, imported_form, saved_experts
 from molora.compose.experts import FrozenExperts
 from molora.compose.merging import Merged, merge
 from molora.compose.servable import Servable, linear_shapes, write_servable
@@ -92,7 +92,7 @@ class MergedModel:
     """What merging a composition into its base came to.
 
     Attributes:
-        linears: how many weights changed.
+        linears: how many weights changed, a parameter of stacked weights counted as one.
         difference: ‖logits − the mixture's‖ / ‖logits‖ on random tokens, in float32.
         rounding: the same of the model in the type in which it was written.
         dtype: that type.
@@ -126,7 +126,7 @@ def export_merged(
         ConfigError: a router that decides by what it reads, or biases of experts where the base
             has none.
     """
-    static_weights(io.read_manifest(directory).mixture)
+    weights = static_weights(io.read_manifest(directory).mixture)
     check_free(out)
     parameters = dict(model.named_parameters())
     other = next((n for n, p in parameters.items() if p.dtype != torch.float32), None)
@@ -138,10 +138,13 @@ def export_merged(
     mixture = load(model.eval(), directory)
     try:
         expected = random_logits(model)
-        changed = {path: merged_weight(model.get_submodule(path), path) for path in _paths(mixture)}
+        stacked = stacked_updates(mixture, weights)
+        paths = [path for path in mixture.built.banks if path not in stacked]
+        changed = {path: merged_weight(model.get_submodule(path), path) for path in paths}
     finally:
         mixture.detach()
     _put_weights(model, changed)
+    _add_stacked(model, stacked)
     difference = _apart(random_logits(model), expected)
     if not difference <= CLOSE:
         raise CheckpointError(
@@ -158,7 +161,7 @@ def export_merged(
             tokenizer.save_pretrained(partial)
 
     _put(out, write)
-    return MergedModel(len(changed), difference, rounding, dtype)
+    return MergedModel(len(changed) + len(stacked), difference, rounding, dtype)
 
 
 def static_weights(config: MixtureConfig) -> dict[str, float]:
@@ -240,6 +243,33 @@ def merged_weight(linear: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
 
 
 @torch.no_grad()
+def stacked_updates(mixture: Mixture, weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """Parameter of stacked weights → (M, out, in): what the experts add to its M weights."""
+    form, found = imported_form(mixture.config), dict[str, Tensor]()
+    adapters = experts_of(mixture).adapters
+    for path in form.stacked:
+        parts = {name: a.parameters[path] for name, a in adapters.items() if path in a.parameters}
+        present = sum(weights[name] for name in parts)
+        grown = sum(weights.values()) / present if form.missing == "renorm" and present else 1.0
+        found[path] = sum(
+            (
+                weights[name] * grown * part.scaling * part.lora_B.float() @ part.lora_A.float()
+                for name, part in parts.items()
+            ),
+            start=torch.zeros(()),
+        )
+    return found
+
+
+@torch.no_grad()
+def _add_stacked(model: nn.Module, updates: Mapping[str, Tensor]) -> None:
+    for path, update_MFD in updates.items():
+        module: Any = model.get_submodule(path.rpartition(".")[0])
+        added = update_MFD.mT if module.is_transposed else update_MFD
+        model.get_parameter(path).add_(added)
+
+
+@torch.no_grad()
 def _put_weights(model: nn.Module, changed: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
     for path, (weight_FD, added_F) in changed.items():
         linear = model.get_submodule(path)
@@ -259,10 +289,6 @@ def random_logits(model: nn.Module) -> Tensor:
     device = next(model.parameters()).device
     found: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
     return found
-
-
-def _paths(mixture: Mixture) -> list[str]:
-    return list(mixture.built.banks)
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:

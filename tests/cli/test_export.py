@@ -37,7 +37,10 @@ def saved(base: Path, experts: dict[str, Path], tmp_path: Path) -> Callable[...,
     def save(*names: str, router: Any = "fixed", **options: Any) -> Path:
         chosen = {name: experts[name] for name in names or experts}
         if router == "fixed":
-            router = {"kind": "fixed", "weights": {name: WEIGHTS[name] for name in chosen}}
+            weights = {name: WEIGHTS[name] for name in chosen}
+            if options.get("missing") == "renorm":  # which negative ones do not have
+                weights = {name: abs(weight) for name, weight in weights.items()}
+            router = {"kind": "fixed", "weights": weights}
         read = package.load_experts(chosen)
         mixture = package.compose(plain(base), read, router=router, **options)
         mixture.save(tmp_path / "saved")
@@ -190,6 +193,55 @@ def test_conv1d_and_biases_are_merged(tmp_path: Path) -> None:
     export.export_each(tmp_path / "saved", tmp_path / "each", model=model)
     config = json.loads((tmp_path / "each" / "a" / "adapter_config.json").read_text())
     assert config["fan_in_fan_out"] is True
+
+
+STACKED: dict[str, dict[str, Any]] = {
+    "both": {
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        "target_modules": ["q_proj"],
+    },
+    "plain": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
+    "one": {"r": 2, "target_parameters": ["mlp.experts.down_proj"], "target_modules": []},
+}
+
+
+@pytest.mark.parametrize("missing", ["zero", "renorm"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_of_stacked_weights_are_merged_and_come_back(
+    molora: Callable[..., Any], tmp_path: Path, family: str, missing: str
+) -> None:
+    moe = save_chat_model(tmp_path / "moe", family=family)
+    kinds = {name: {"r": 3, "lora_dropout": 0.0, **own} for name, own in STACKED.items()}
+    directories = save_experts(tmp_path / "experts", moe, kinds)
+    sign = 1 if missing == "renorm" else -1
+    router = {"kind": "fixed", "weights": {"both": 0.75, "plain": 1.5, "one": sign * 0.5}}
+    read = package.load_experts(directories)
+    mixture = package.compose(plain(moe), read, router=router, missing=missing)
+    expected = logits(mixture.model)
+    mixture.save(tmp_path / "saved")
+    outcome = molora("export", tmp_path / "saved", "--to", "merged", "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert "8 merged linears" in outcome.out  # q, v and two parameters of two layers
+    torch.testing.assert_close(logits(plain(tmp_path / "out")), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - logits(plain(moe))).abs().max() > 0.05
+    each = molora("export", tmp_path / "saved", "--to", "peft-each", "--out", tmp_path / "each")
+    assert each.code == 0, each.err
+    back = package.load_experts({name: tmp_path / "each" / name for name in STACKED})
+    for name, adapter in read.adapters.items():
+        again = back.adapters[name]
+        assert [*again.parameters] == [*adapter.parameters]
+        for path, part in adapter.parameters.items():
+            assert torch.equal(again.parameters[path].lora_A, part.lora_A)
+            assert torch.equal(again.parameters[path].lora_B, part.lora_B)
+            assert again.parameters[path].scaling == part.scaling
+    outcome = molora("export", tmp_path / "saved", "--to", "peft", "--out", tmp_path / "one")
+    assert outcome.code == 2
+    assert "stacked weights" in outcome.err
+    shown = molora("inspect", tmp_path / "saved").out
+    assert "4 × (1×2 + 1×3)  mlp.experts: down_proj" in shown
+    backends = shown.partition("backend")[2]
+    assert "q_proj" in backends
+    assert "mlp.experts" not in backends
 
 
 def test_nothing_is_written_if_the_logits_differ(
