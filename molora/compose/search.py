@@ -135,7 +135,7 @@ class _BudgetSpent(Exception):
 
 
 class _Trials:
-    """The objective as searches see it: clipped to the box, finite, counted, asked once a point."""
+    """The objective as searches see it: clipped to the box, without NaN, counted, once a point."""
 
     def __init__(self, objective: Objective, num_experts: int, budget: int, bound: float) -> None:
         self.num_experts = num_experts
@@ -163,7 +163,7 @@ class _Trials:
             _BudgetSpent: a point that was not tried, when no evaluation is left.
         """
         clipped_E = torch.as_tensor(point, dtype=torch.float32).clamp(-self.bound, self.bound)
-        weights_E = clipped_E.reshape(self.num_experts) + 0.0  # no −0, which is the same point
+        weights_E = clipped_E.reshape(self.num_experts)
         weights = tuple(weights_E.tolist())
         if weights not in self._values:
             if not self.left or self.error is not None:
@@ -176,13 +176,7 @@ class _Trials:
             value = value if math.isfinite(value) else math.inf
             self._values[weights] = value
             self.done.append(Trial(weights, value))
-        value = self._values[weights]
-        return value if math.isfinite(value) else self._worse_than_all()
-
-    def _worse_than_all(self) -> float:
-        """What stands for infinity, of which no model can be made."""
-        finite = [trial.value for trial in self.done if math.isfinite(trial.value)]
-        return 2 * max(finite) - min(finite) + 1 if finite else math.inf
+        return self._values[weights]
 
 
 def _trust_region(scipy: Any, trials: _Trials, seed: int, method: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,15 @@ def test_saving_again_replaces_and_leaves_other_files(centroids, tmp_path):
     assert torch.equal(held.vectors_ED, centroids.vectors_ED)
 
 
+def test_what_was_read_stays_when_its_file_is_written_to(centroids, tmp_path):
+    centroids.save(tmp_path)
+    found = load_centroids(tmp_path)
+    with next(tmp_path.glob("*.safetensors")).open("r+b") as file:
+        file.seek(-40, 2)
+        file.write(b"\0" * 40)
+    assert torch.equal(found.vectors_ED, centroids.vectors_ED)
+
+
 def test_order_is_the_callers(centroids):
     found = centroids.ordered(["law-1", "math"])
     assert (found.names, found.samples) == (("law-1", "math"), (1, 3))
@@ -113,6 +123,17 @@ def test_experts_are_added(encoder, other_encoder, centroids):
 def test_another_encoder_is_refused(other_encoder, centroids):
     with pytest.raises(ConfigError, match=r"made with the encoder .*tiny.* but .*other.* was"):
         centroids.cosines(other_encoder, TEXTS)
+
+
+def test_an_encoder_is_known_by_its_files_and_not_by_its_name(directory, centroids, tmp_path):
+    moved = TextEncoder.load(shutil.copytree(directory, tmp_path / "moved"))
+    assert moved.identity.name != centroids.encoder.name
+    assert centroids.cosines(moved, TEXTS).shape == (4, 3)
+    place = tmp_path / directory.parent.name / directory.name
+    namesake = TextEncoder.load(save_encoder(place, seed=1))
+    assert namesake.identity.name == centroids.encoder.name
+    with pytest.raises(ConfigError, match="made with the encoder"):
+        centroids.cosines(namesake, TEXTS)
 
 
 class Opposed:

@@ -141,6 +141,11 @@ def test_gates_of_texts_are_those_of_their_probabilities(classifier):
 def test_the_end_of_a_long_text_counts(encoder, classifier):
     long = "1 + 1 = 2 " * POSITIONS
     assert classifier.gates([long + "the lot and ononon go"]).argmax() == 2
+    begun = ["1 + 1 = 2 " * POSITIONS + text for text in TRAIN]
+    learned = train_classifier(encoder, begun, LABELS, names=NAMES)
+    assert learned.accuracy(begun, LABELS) > 0.9
+    blind = train_classifier(encoder, begun, LABELS, names=NAMES, keep="start")
+    assert blind.accuracy(begun, LABELS) == pytest.approx(1 / 3)
     start = train_classifier(encoder, TRAIN, LABELS, names=NAMES, keep="start")
     assert start.gates([long + "the lot and ononon go"]).argmax() == 0
 
