@@ -201,12 +201,6 @@ def _checked(data: Mapping[str, Batches], experts: FrozenExperts) -> Iterable[tu
                 f"{name} adapts {stacked}, stacked weights, for which no router compares vectors. "
                 "Leave it out."
             )
-        stacked = next(iter(experts.adapters[name].parameters), None)
-        if stacked is not None:
-            raise ConfigError(
-                f"{name} adapts {stacked}, stacked weights of a base that is itself a mixture of "
-                "experts; vectors are made of what linears read. Leave it out."
-            )
     return data.items()
 
 
