@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_encoders import reference, save_encoder
 from torch.nn.functional import cosine_similarity
 
 from molora.compose.centroids import Centroids, build_centroids, load_centroids
 from molora.compose.encoder import TextEncoder
-from molora.errors import CheckpointError, ConfigError, DataError
+from molora.errors import CheckpointError, ConfigError, DataError, MoLoRAError
 
 SAMPLES = {
     "math": ["1 + 1 = 2", "7 * 8 = 56", "9 - 4"],
@@ -41,6 +44,16 @@ def encoder(directory: Path) -> TextEncoder:
 def other_encoder(tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
     directory = tmp_path_factory.mktemp("encoders") / "other"
     return TextEncoder.load(save_encoder(directory, seed=1))
+
+
+@pytest.fixture(scope="module")
+def stored_centroids(
+    encoder: TextEncoder, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, tuple[str, ...], torch.Tensor]:
+    directory = tmp_path_factory.mktemp("stored")
+    made = build_centroids(encoder, SAMPLES)
+    made.save(directory)
+    return directory, made.names, made.vectors_ED
 
 
 @pytest.fixture
@@ -330,3 +343,24 @@ def test_a_link_in_the_place_of_the_description_is_not_written_through(centroids
     with pytest.raises(CheckpointError, match="is a link or a directory"):
         centroids.save(tmp_path)
     assert target.read_text() == "mine"
+
+
+@given(data=st.data())
+def test_damaged_bytes_load_as_they_were_or_not_at_all(stored_centroids, data):
+    directory, names, vectors_ED = stored_centroids
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copytree(directory, Path(folder) / "copy"))
+        path = data.draw(st.sampled_from(sorted(copy.iterdir())))
+        content = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(1, 4))):
+            start = data.draw(st.integers(0, len(content)))
+            end = data.draw(st.integers(start, min(len(content), start + 30)))
+            content[start:end] = data.draw(st.binary(max_size=12) | st.just(b"9" * 5000))
+        path.write_bytes(content)
+        try:
+            found = load_centroids(copy)
+        except MoLoRAError:
+            return
+        # blanks of the JSON, or nothing
+        assert found.names == names
+        assert torch.equal(found.vectors_ED, vectors_ED)
