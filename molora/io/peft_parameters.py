@@ -41,12 +41,18 @@ def split_parameters(
     """
     depths: dict[str, int] = {}
     for name in names:
-        module = name.split(NESTED)[0]
-        depths[module] = max(depths.get(module, 0), name.count(NESTED))
+        module, depth = name, 0
+        while module.endswith(NESTED):
+            module, depth = module.removesuffix(NESTED), depth + 1
+        depths[module] = max(depths.get(module, 0), depth)
+    holders: dict[str, dict[str, None]] = {}
+    for target in config.target_parameters or ():
+        holder, _, parameter = target.rpartition(".")
+        holders.setdefault(holder, {})[parameter] = None
     modules: dict[str, PartNames] = {}
     parameters: dict[str, PartNames] = {}
     for module, depth in depths.items():
-        targeted = _parameters_of(module, config)
+        targeted = _parameters_of(module, holders)
         if depth == 0 and not targeted:
             modules[module] = names[module]
             continue
@@ -62,16 +68,14 @@ def split_parameters(
     return modules, parameters
 
 
-def _parameters_of(module: str, config: AdapterConfig) -> list[str]:
-    """The module's parameters that `target_parameters` names: whole, by an end, or, where the
-    module is called as the stacked ones are, by the last part alone."""
-    found = []
-    for target in config.target_parameters or ():
-        holder, _, parameter = target.rpartition(".")
-        here = module == holder or module.endswith(f".{holder}")
-        if here if holder else module.split(".")[-1] == EXPERTS:
-            found.append(parameter)
-    return list(dict.fromkeys(found))
+def _parameters_of(module: str, holders: Mapping[str, Mapping[str, None]]) -> list[str]:
+    """The module's parameters that `target_parameters` names, which are in `holders` by what stands
+    before them: whole, by an end, or, where the module is called as the stacked ones are, by the
+    last part alone."""
+    parts = module.split(".")
+    ends = [".".join(parts[start:]) for start in range(len(parts))]
+    ends += [""] * (parts[-1] == EXPERTS)
+    return list(dict.fromkeys(parameter for end in ends for parameter in holders.get(end, ())))
 
 
 def _order(path: Path, module: str, targeted: list[str], depth: int) -> list[str]:

@@ -69,7 +69,8 @@ def _layer_differences(config: AdapterConfig, modules: Sequence[str]) -> list[st
     wanted, targets = config.layers_to_transform, config.target_modules
     if wanted is None or wanted == [] or config.layers_pattern or isinstance(targets, str):
         return []
-    modules = [module for module in modules if module not in (targets or ())]
+    whole = {*(targets or ())}
+    modules = [module for module in modules if module not in whole]
     layers = {wanted} if isinstance(wanted, int) else set(wanted)
     found = {module: LAYER.match(module) for module in modules}
     present = {int(match[1]) for match in found.values() if match}

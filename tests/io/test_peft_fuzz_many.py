@@ -55,7 +55,7 @@ SETTINGS = sorted({*AdapterConfig.model_fields, *REFUSED, *WITHOUT_EFFECT})
 DECISIVE = ["r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_parameters"] * 8
 """Settings that decide how tensors are read: each as often as eight others."""
 VALUES: list[Any] = [
-    *(None, True, False, 0, 1, 2, 3, -1, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, 1e-320),
+    *(None, True, False, 0, 1, 2, 3, 5, -1, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, 1e-320),
     *(math.nan, math.inf, "", "none", "all", "all-linear", "q_proj", "pissa", "olora", "loftq"),
     *("\x00", "\x1b[2J", "a" * 600, "../..", [], [3], [3, 4], ["q_proj"], ["q_proj", "v_proj"]),
     *([-1], [[]], [None], {}, {"q_proj": 2}, {"q_proj": -1}, {"q_proj": None}, {"": 1}, {"(": 1}),

@@ -159,6 +159,32 @@ def test_what_is_no_stack_of_factors_is_refused(tmp_path: Path, kind: str) -> No
         read_adapter(tmp_path)
 
 
+def test_names_that_only_begin_as_nested_ones_do_are_modules(tmp_path: Path) -> None:
+    save_adapter(tmp_path, target_modules=["q_proj"])
+    edit_tensors(tmp_path, lambda t: [_rename(t, n, "self_attn", "base_layers") for n in list(t)])
+    assert "model.layers.0.base_layers.q_proj" in read_adapter(tmp_path).modules
+
+
+def _rename(tensors: dict[str, Tensor], name: str, old: str, new: str) -> None:
+    tensors[name.replace(old, new)] = tensors.pop(name)
+
+
+def test_many_targets_and_many_modules_are_matched_at_once(tmp_path: Path) -> None:
+    """Each with each would be hundreds of millions of comparisons, in files that are allowed."""
+    _save(tmp_path, "both")
+    tensors = {
+        f"base_model.model.m{n}.q.lora_{f}.weight": torch.ones((1, 2) if f == "A" else (2, 1))
+        for n in range(8_000)
+        for f in "AB"
+    }
+    edit_tensors(tmp_path, lambda t: (t.clear(), t.update(tensors)))
+    targets = [f"a{n}.experts.down_proj" for n in range(60_000)]
+    edit_config(tmp_path, target_parameters=targets, r=1)
+    assert len(read_adapter(tmp_path).modules) == 8_000
+    edit_config(tmp_path, target_parameters=None, target_modules=targets, layers_to_transform=[0])
+    assert len(read_adapter(tmp_path).modules) == 8_000
+
+
 LEAVES = {"mixtral": ("w1", "w3", "w2"), "qwen3_moe": ("gate_proj", "up_proj", "down_proj")}
 BLOCKS = {"mixtral": "block_sparse_moe", "qwen3_moe": "mlp"}
 
