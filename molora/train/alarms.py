@@ -59,21 +59,30 @@ class _Site:
 class RoutingAlarms:
     """Raised once per event and once when it is over, after `steps` optimiser steps in a row.
 
-    * An expert is dead when no row chose it, on any rank.
+    * An expert is dead when no row chose it, on any rank, though it can be chosen there.
     * A site has collapsed when its choice no longer depends on the row: with k choices per row, the
       k busiest experts have at least `COLLAPSED_SHARE` of all that k experts can have; where all
       experts act on every row, one has that share of the scores. Judged by every window, and by all
-      rows since it began: a window of one row always looks collapsed.
+      rows since it began: a window of one row always looks collapsed. Where a row chooses all that
+      can be chosen, nothing collapses.
 
     Steps are counted in windows between two lines of metrics, so an alarm is up to one window late.
 
     Args:
         num_experts: site → number of experts.
         steps: how long; None for no alarms.
+        absent: site → experts that cannot be chosen there.
     """
 
-    def __init__(self, num_experts: Mapping[str, int], *, steps: int | None) -> None:
+    def __init__(
+        self,
+        num_experts: Mapping[str, int],
+        *,
+        steps: int | None,
+        absent: Mapping[str, frozenset[int]] | None = None,
+    ) -> None:
         self.steps = steps
+        self._absent = absent or {}
         self._sites = {site: _Site.new(number) for site, number in num_experts.items()}
 
     def update(self, sums: Mapping[str, Tensor], *, step: int, steps: int) -> list[Alarm]:
@@ -90,9 +99,17 @@ class RoutingAlarms:
         for name, site in self._sites.items():
             window = sums[name].tolist() if name in sums else None
             if window is not None and _Window(window).rows > 0:
-                alarms += self._collapsed(name, site, window, step=step, steps=steps)
+                if not self._chooses_all(name, window):
+                    alarms += self._collapsed(name, site, window, step=step, steps=steps)
                 alarms += self._dead(name, site, window, step=step, steps=steps)
         return alarms
+
+    def _chooses_all(self, name: str, sums: list[float]) -> bool:
+        """Whether rows choose all experts of a site where some cannot be chosen."""
+        absent, window = self._absent.get(name), _Window(sums)
+        if not absent:
+            return False
+        return window.choices > (len(window.counts) - len(absent) - 0.5) * window.rows
 
     def _collapsed(
         self, name: str, site: _Site, window: list[float], *, step: int, steps: int
@@ -134,7 +151,8 @@ class RoutingAlarms:
             float(idle and told) for idle, told in zip(site.idle, site.reported, strict=True)
         ]
         idle = enumerate(zip(site.idle, site.reported, strict=True))
-        dead = tuple(e for e, (lasted, told) in idle if lasted >= self.steps and not told)
+        long = [e for e, (lasted, told) in idle if lasted >= self.steps and not told]
+        dead = tuple(e for e in long if e not in self._absent.get(name, ()))
         if dead:
             site.reported = [float(told or e in dead) for e, told in enumerate(site.reported)]
             lasted = int(min(site.idle[e] for e in dead))

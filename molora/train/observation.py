@@ -53,7 +53,9 @@ class Observation:
         """Forget everything: a run begins."""
         self._window = MetricsWindow(self._layout)
         self._gradients = GradientNorms(self.mixture)
-        self._alarms = RoutingAlarms(self._layout.experts, steps=self._dead_steps)
+        self._alarms = RoutingAlarms(
+            self._layout.experts, steps=self._dead_steps, absent=self._layout.absent
+        )
         self.tokens = self._logged_step = 0
 
     # ------------------------------------------------------------------ while it trains

@@ -31,12 +31,17 @@ class Report:
 
 
 def site_numbers(
-    sums_N: Tensor, by_rank: Tensor, losses: Mapping[str, float], norms: Mapping[str, float]
+    sums_N: Tensor,
+    by_rank: Tensor,
+    losses: Mapping[str, float],
+    norms: Mapping[str, float],
+    absent: frozenset[int] = frozenset(),
 ) -> dict[str, Any]:
-    """The numbers of one site.
+    """The numbers of one site; E counts the experts that can be chosen there.
 
     * ``load``: of each expert its share of the choices, times E: 1 is even, 0 is dead, E is all.
-    * ``load_min``, ``load_max``, ``dead``: least and greatest load, and the experts without any.
+    * ``load_min``, ``load_max``, ``dead``: least and greatest load, and the experts without any, of
+      those that can be chosen.
     * ``entropy``: of a row's scores, as a share of its maximum log E: 1 is undecided, 0 certain.
     * ``margin``: of the highest score over the second, both as shares of all scores.
     * ``balance``: E · Σ f_e P_e, f_e being expert e's share of the choices and P_e of the scores:
@@ -52,18 +57,21 @@ def site_numbers(
         by_rank: (ranks, 2E + 3) of each.
         losses: name → value.
         norms: role → norm.
+        absent: experts that cannot be chosen.
     """
     sums = Sums(sums_N)
-    number, choices, rows = sums.num_experts, sums.counts.sum(), float(sums.rows)
+    choosable = [expert for expert in range(sums.num_experts) if expert not in absent]
+    number, choices, rows = len(choosable), sums.counts.sum(), float(sums.rows)
     numbers: dict[str, Any] = {}
     if choices > 0:
         share_E = sums.counts / choices
         load = (share_E * number).tolist()
-        numbers |= {"load": load, "load_min": min(load), "load_max": max(load)}
-        numbers["dead"] = [expert for expert, value in enumerate(load) if value == 0]
+        possible = [load[expert] for expert in choosable]
+        numbers |= {"load": load, "load_min": min(possible), "load_max": max(possible)}
+        numbers["dead"] = [expert for expert in choosable if load[expert] == 0]
         numbers["balance"] = float(number * (share_E * sums.mass / rows).sum())
         if len(by_rank) > 1:
-            numbers["agreement"] = _agreement(share_E, by_rank[:, :number])
+            numbers["agreement"] = _agreement(share_E, by_rank[:, : sums.num_experts])
     if rows > 0:
         numbers["entropy"] = float(sums.entropy) / math.log(max(number, 2))
         numbers["margin"] = float(sums.margin)
@@ -102,7 +110,8 @@ def sites(
         for name, values in sums.losses.items() if sums.scalars["forwards"] else ():
             losses[f"aux/{name}"] = values[site] / steps
             losses[f"weighted/{name}"] = factors.get(name, 0.0) * values[site] / steps
-        found[site] = site_numbers(sums_N, by_rank, losses, norms.sites.get(site, {}))
+        absent = layout.absent.get(site, frozenset())
+        found[site] = site_numbers(sums_N, by_rank, losses, norms.sites.get(site, {}), absent)
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class Layout:
     """Site → number of experts."""
     losses: Sequence[str]
     """Names of the auxiliary losses."""
+    absent: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    """Site → experts that cannot be chosen there; sites where all can are left out."""
 
     @classmethod
     def of(cls, mixture: Mixture) -> Layout:
@@ -31,7 +33,12 @@ class Layout:
         # not from tensors, which ZeRO-3 partitions
         planned = {place.path: place.num_experts for place in mixture.plan.placements}
         experts = {site: planned[path] for path, site in mixture.built.routed_by.items()}
-        return cls(experts, [term.name for term in weighted_terms(mixture.config)])
+        absent = {}
+        for name, site in mixture.built.sites.items():
+            present_E = getattr(site.router, "present", None)
+            if present_E is not None:
+                absent[name] = frozenset((~present_E).nonzero().flatten().tolist())
+        return cls(experts, [term.name for term in weighted_terms(mixture.config)], absent)
 
     @property
     def scalars(self) -> list[str]:

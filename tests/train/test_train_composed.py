@@ -229,3 +229,20 @@ def test_a_changed_configuration_is_found_before_anything_is_trained(
     with pytest.raises(CheckpointError, match="changed"):
         train(config, progress=False)
     assert not (config.output_dir / "adapter").exists()
+
+
+def test_experts_that_lack_a_linear_are_not_called_dead(
+    composed: Callable[..., Path], run: Callable[..., RunConfig]
+) -> None:
+    options = {"dead_steps": 2, "max_steps": 6, "logging_steps": 2}
+    result = train(run(composed({"kind": "linear", "top_k": 2}), train=options), progress=False)
+    metrics = result.output_dir / "metrics.jsonl"
+    sites = tiny_runs.lines(metrics, "routing")[-1]["sites"]
+    # only "code", the second of three, adapts it: all choices are its, and that is even
+    down = sites["model.layers.0.mlp.down_proj"]
+    assert down["load"] == [0, 1, 0]
+    assert (down["load_min"], down["load_max"], down["dead"]) == (1, 1, [])
+    assert down["balance"] == pytest.approx(1)
+    alarms = tiny_runs.lines(metrics, "alarm")
+    assert not [line for line in alarms if "q_proj" not in line["site"]]
+    assert all(line["dead_experts"] <= 2 for line in tiny_runs.lines(metrics, "train"))
