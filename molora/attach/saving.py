@@ -53,13 +53,18 @@ def base_fingerprint(mixture: Mixture, *, gather: Gather | None = None) -> io.Ba
 def load(model: nn.Module, directory: str | Path) -> Mixture:
     """Attach the mixture that was saved in `directory` to the base model it was trained on.
 
+    Args:
+        model: the base.
+        directory: where it was saved, or "owner/name" or "owner/name@revision" on the Hugging Face
+            hub, of which only the mixture's two files are loaded.
+
     Raises:
         CheckpointError: files that are damaged or do not belong together, another base model,
             missing, unexpected or mis-shaped tensors; each is named and the model is left as it
             was.
         AttachError: the model carries a mixture or PEFT adapters already.
     """
-    directory = Path(directory)
+    directory = io.mixture_directory(directory)
     manifest = io.read_manifest(directory)
     check_attachable(model)
     check_same_base(model, manifest.base)

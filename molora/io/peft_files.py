@@ -78,34 +78,5 @@ def bounded_header(path: Path) -> dict[str, TensorInfo]:
 def inside(
     directory: Path, name: str, *, what: str = "a PEFT adapter", parts: str | None = None
 ) -> Path:
-    """The file in the directory itself, or in the hub's cache the one that its snapshot links to.
-
-    `what` is in the directory and `parts` names its files, for messages.
-
-    Raises:
-        CheckpointError: no such file, or a link that leads elsewhere.
-    """
-    path = directory / name
-    if path.is_symlink():
-        blob = _blob(path)
-        if blob is None:
-            raise CheckpointError(
-                f"{path} is a link and could lead anywhere: only links of the hub's cache to its "
-                "own blobs are followed. Copy the directory with the files themselves, e.g. with "
-                "`cp -rL`, and give the copy."
-            )
-        return blob
+    """`contained`, of the files of an adapter if nothing else is said."""
     return contained(directory, name, what=what, parts=parts or f"{CONFIG} and {TENSORS}")
-
-
-def _blob(link: Path) -> Path | None:
-    """The file that a link `REPOSITORY/snapshots/REVISION/…` has in `REPOSITORY/blobs`, if so."""
-    try:
-        target, place = link.resolve(strict=True), link.parent.resolve(strict=True)
-    except (OSError, RuntimeError):  # a link to nothing, or in a circle
-        return None
-    for above in place.parents:
-        if above.name == "snapshots":
-            mine = target.parent == above.parent / "blobs"
-            return target if mine and target.is_file() else None
-    return None
