@@ -24,7 +24,7 @@ SET: dict[str, dict[str, Any]] = {
 slow = pytest.mark.slow
 CASES: list[Any] = [
     pytest.param({"router": "arrow"}, False, id="arrow"),
-    pytest.param({"router": "linear", "new": ["more"]}, True, id="growing"),
+    pytest.param({"router": "linear", "new": ["more"]}, True, id="growing", marks=slow),
     pytest.param({"router": "spectr"}, False, id="spectr", marks=slow),
     pytest.param({"router": {"kind": "lag", "preselect": 2}}, False, id="lag", marks=slow),
     pytest.param({"router": "lora_flow"}, True, id="lora_flow", marks=slow),
