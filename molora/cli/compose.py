@@ -45,9 +45,7 @@ Initial = Annotated[
         "(PiSSA, OLoRA, CorDA, LoRA-GA); those of PiSSA and OLoRA follow from the base too.",
     ),
 ]
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read .bin files, of experts that you trust.")
-]
+AllowPickle = Annotated[bool, typer.Option(help="Read .bin files too, of experts that you trust.")]
 Router = Annotated[
     str | None,
     typer.Option(

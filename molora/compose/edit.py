@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from molora import io
 from molora.attach import Mixture
 from molora.attach.banks import blocks_of
 from molora.compose.compose import Missing, compose, composed_config
 from molora.compose.experts import FrozenExperts
-from molora.config import Imported, ImportedExpert, MixtureConfig, Projection, Prototype, UpdateNorm
+from molora.compose.kept_routers import given_vectors, groups_of_routers, keep_learnt
+from molora.config import (
+    Imported,
+    ImportedExpert,
+    MixtureConfig,
+    UnitTop1,
+)
 from molora.config.base import unknown_name
 from molora.errors import ConfigError
 from molora.io.adapter import Adapter, AdapterModule, ExpertParameter
 from molora.io.peft_values import update_norm
 from molora.presets.frozen import ROUTERS
-from molora.routing.classifier import HiddenStateClassifier
-from molora.routing.router import LinearRouter
 
 Part = TypeVar("Part")
 
@@ -92,7 +96,7 @@ def edited(
         drop: names of experts that go.
         router: as in `compose`; the one that is there if not given, over as many experts as before
             if there are so many; arguments without `kind` change it. Fixed weights must be given
-            for experts that are added.
+            for experts that are added. Losses stay with a router of the same kind.
         missing: as in `compose`; as it was if not given.
         trainable, new, seed: as in `compose`.
         options: fields of `MixtureConfig` that change; others stay.
@@ -109,7 +113,7 @@ def edited(
         )
     experts = _joined(experts_of(mixture), add, drop)
     recipe = _recipe(config, router, [*experts.names, *new])
-    kept = {name: getattr(config, name) for name in _KEPT if name not in options}
+    kept = {name: getattr(config, name) for name in _kept(config, router) if name not in options}
     options = kept | {"dropout": form.dropout.p} | options
     settings: dict[str, Any] = {
         "missing": missing or form.missing,
@@ -119,18 +123,27 @@ def edited(
     }
     anew = "vectors" in recipe
     if not anew and recipe["kind"] == config.method:
-        recipe |= _vectors(mixture, form.names, [*experts.names, *new])
+        recipe |= given_vectors(mixture, form.names, [*experts.names, *new])
     own = {name: value for name, value in recipe.items() if name != "vectors"}
     composed_config(experts, router=own, **settings)
-    state, old = mixture.state_dict(), _routers(mixture)
+    state, old = mixture.state_dict(), groups_of_routers(mixture)
     mixture.detach()
     made = compose(mixture.model, experts, router=recipe, seed=seed, **settings)
     if _size(made.config) == _size(config) and not anew:
-        _keep_learnt(made, state, old, form.names)
+        keep_learnt(made, state, old, form.names, experts=imported_form(made.config).names)
     return made
 
 
-_KEPT = ("losses", "dtype", "backend", "share_products")
+OF_LOSSES = ("label_loss", "balance")
+"""Arguments of routers that say their auxiliary losses."""
+
+
+def _kept(config: MixtureConfig, router: str | Mapping[str, Any] | None) -> list[str]:
+    """Fields of the mixture that stay; losses with a router of the same kind."""
+    given = {"kind": router} if isinstance(router, str) else dict(router or {})
+    same = given.get("kind", config.method) == config.method
+    losses = ["losses"] if same and not any(name in given for name in OF_LOSSES) else []
+    return [*losses, "dtype", "backend", "share_products"]
 
 
 def _recipe(
@@ -169,6 +182,8 @@ def recovered(
         found |= {name: getattr(part, name) for name in type(part).model_fields}
     k = getattr(group.select, "k", None)
     found["top_k"] = "all" if k is None else min(k.value, len(names))
+    if isinstance(group.select, UnitTop1):
+        found["top_k"] = 1
     found |= {"gate_scale": group.gate_scale, "softmax": group.score.kind == "softmax"}
     found["softmax_top_k"] = getattr(group.select, "softmax", False)
     if found.get("preselect") == len(imported_form(config).names):
@@ -298,78 +313,3 @@ def _joined(own: FrozenExperts, add: FrozenExperts | None, drop: Sequence[str]) 
         raise ConfigError("every expert is dropped and none added. Keep one.")
     notes = () if add is None else add.notes
     return FrozenExperts(MappingProxyType(staying | added), notes)
-
-
-# ------------------------------------------------------------------------------------- routers
-
-
-@torch.no_grad()
-def _vectors(mixture: Mixture, names: Sequence[str], wanted: Sequence[str]) -> dict[str, Any]:
-    """`vectors` of what the routers compare inputs with, where it follows from no factors."""
-    if not isinstance(mixture.config.groups[0].router, Prototype):
-        return {}
-    lacking = [name for name in wanted if name not in names]
-    if lacking:
-        raise ConfigError(
-            f"router {mixture.config.method} has no vectors for {', '.join(lacking)}. Give the "
-            "router with vectors for all experts."
-        )
-    found = {
-        name: {
-            path: site.router.get_parameter("weight")[number]
-            for path, site in mixture.built.sites.items()
-        }
-        for number, name in enumerate(names)
-        if name in wanted
-    }
-    return {"vectors": found}
-
-
-Old = dict[str, tuple[str, ...]]
-"""Path of a router → the sites that it decides for, in order."""
-
-
-def _routers(mixture: Mixture) -> Old:
-    return {name: _groups(mixture, router) for name, router in mixture.built.routers.items()}
-
-
-def _groups(mixture: Mixture, router: nn.Module) -> tuple[str, ...]:
-    if not isinstance(router, HiddenStateClassifier) or router.num_groups == 1:
-        return ("",)
-    sites: tuple[Any, ...] = mixture.built.model_scope.sites  # type: ignore[union-attr]
-    return tuple(site.name for site in sites)
-
-
-@torch.no_grad()
-def _keep_learnt(
-    made: Mixture, state: Mapping[str, Tensor], old: Old, names: Sequence[str]
-) -> None:
-    """Copy the rows of experts that stay into routers with the same inputs as before."""
-    if isinstance(made.config.groups[0].router, Projection | UpdateNorm):
-        return
-    form = imported_form(made.config)
-    rows = [(form.names.index(name), names.index(name)) for name in form.names if name in names]
-    for path, router in made.built.routers.items():
-        if path not in old or not isinstance(router, LinearRouter | HiddenStateClassifier):
-            continue
-        before, now = old[path], _groups(made, router)
-        pairs = [(now.index(group), before.index(group)) for group in now if group in before]
-        own = {f"{path}.{name}": parameter for name, parameter in router.named_parameters()}
-        last = _last_layer(path, router)
-        for name, parameter in own.items():
-            if not last(name):
-                parameter.copy_(state[name])
-                continue
-            target = parameter.view(len(now), len(form.names), *parameter.shape[1:])
-            source = state[name].view(len(before), len(names), *parameter.shape[1:])
-            for group, group_before in pairs:
-                for row, row_before in rows:
-                    target[group, row] = source[group_before, row_before]
-
-
-def _last_layer(path: str, router: nn.Module) -> Callable[[str], bool]:
-    """Which of a router's parameters have a row for each expert."""
-    if isinstance(router, HiddenStateClassifier):
-        prefix = f"{path}.layers.{len(router.layers) - 1}."
-        return lambda name: name.startswith(prefix)
-    return lambda name: True

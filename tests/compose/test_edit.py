@@ -196,6 +196,35 @@ def _by_expert(tensor: Tensor, count: int) -> Tensor:
     return tensor.view(-1, count, *tensor.shape[1:])
 
 
+def test_routers_of_outputs_keep_what_they_know_of_each_pair(
+    directories: Mapping[str, Path],
+) -> None:
+    mixture = composed(directories, "math", "law", "bias", router="mole")
+    path = "model.layers.0.self_attn.q_proj.router"
+    state = mixture.state_dict()
+    learnt = state[f"{path}.weight"].normal_().clone().view(3, 3, -1)
+    state[f"{path}.log_temperature"].fill_(0.5)
+    found = edited(mixture, add=read(directories, "code"), drop=["law"])
+    fresh = composed(directories, "math", "bias", "code", router="mole").state_dict()
+    now, start = (s[f"{path}.weight"].view(3, 3, -1) for s in (found.state_dict(), fresh))
+    staying = torch.tensor([0, 2])
+    assert torch.equal(now[:2, :2], learnt[staying][:, staying])
+    assert torch.equal(now[2], start[2])
+    assert torch.equal(now[:, 2], start[:, 2])
+    assert found.state_dict()[f"{path}.log_temperature"] == 0.5
+
+
+def test_losses_stay_with_their_router(directories: Mapping[str, Path]) -> None:
+    mixture = composed(directories, "math", "law", router={"kind": "moa", "label_loss": 0.5})
+    losses = mixture.config.losses
+    assert len(losses) == 1
+    mixture = edited(mixture, add=read(directories, "code"))
+    assert mixture.config.losses == losses
+    mixture = edited(mixture, router={"top_k": "all", "label_loss": 0.25})
+    assert mixture.config.losses[0].coefficient == 0.25
+    assert edited(mixture, router="linear").config.losses == ()
+
+
 def test_settings_of_a_router_change_and_it_keeps_what_it_learnt(
     directories: Mapping[str, Path],
 ) -> None:
