@@ -71,6 +71,7 @@ def load_experts(
     *,
     max_rank: int = MAX_RANK,
     allow_pickle: bool = False,
+    leave_out: bool = False,
     initial: Mapping[str, str | Path] | None = None,
     base_weight: Callable[[str], Tensor] | None = None,
     progress: bool | None = None,
@@ -83,6 +84,8 @@ def load_experts(
             sub-directories with an adapter are the experts.
         max_rank: the largest rank to accept.
         allow_pickle: read `adapter_model.bin` where there is nothing else: of files that you trust.
+        leave_out: take adapters that also replace parts of the base (modules_to_save, rows of
+            tokens, embeddings, biases) without them, which notes name; they were trained with them.
         initial: name → directory with the factors before training, for experts whose start took a
             part out of the base (PiSSA, OLoRA, CorDA, LoRA-GA).
         base_weight: for PiSSA and OLoRA instead: the untouched weight (out, in) of a module.
@@ -114,6 +117,7 @@ def load_experts(
             directory(place),
             max_rank=max_rank,
             allow_pickle=allow_pickle,
+            leave_out=leave_out,
             initial=None if start is None else directory(start),
             base_weight=base_weight,
         )

@@ -37,6 +37,7 @@ def read_adapter(
     *,
     max_rank: int = MAX_RANK,
     allow_pickle: bool = False,
+    leave_out: bool = False,
     initial: Path | None = None,
     base_weight: Callable[[str], Tensor] | None = None,
 ) -> Adapter:
@@ -47,6 +48,8 @@ def read_adapter(
         directory: with `adapter_config.json` and `adapter_model.safetensors`.
         max_rank: the largest rank to accept.
         allow_pickle: read `adapter_model.bin` where there is nothing else: of files that you trust.
+        leave_out: take an adapter that also replaces parts of the base (modules_to_save, rows of
+            tokens, embeddings, biases) without them, which notes name; it was trained with them.
         initial: for an adapter whose start took a part out of the base (PiSSA, OLoRA, CorDA,
             LoRA-GA): the directory with the factors as they were before training. The expert is
             then the update of the untouched base, of twice the rank.
@@ -59,10 +62,10 @@ def read_adapter(
         ConfigError: settings that cannot be, or that are not supported.
     """
     try:
-        found, config = _read(directory, max_rank, allow_pickle)
+        found, config = _read(directory, max_rank, allow_pickle, leave_out)
         if config.init_lora_weights is None:
             return found
-        before = None if initial is None else _read(initial, max_rank, allow_pickle)[0]
+        before = None if initial is None else _read(initial, max_rank, allow_pickle, leave_out)[0]
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{directory} cannot be read: {error}.") from None
     return without_start(
@@ -85,11 +88,15 @@ class _Plan:
     ranks: dict[str, int]
 
 
-def _read(directory: Path, max_rank: int, allow_pickle: bool) -> tuple[Adapter, AdapterConfig]:
+def _read(
+    directory: Path, max_rank: int, allow_pickle: bool, leave_out: bool
+) -> tuple[Adapter, AdapterConfig]:
     stored = open_tensors(directory, allow_pickle=allow_pickle)
-    config, notes = read_config(inside(directory, CONFIG))
+    config, notes = read_config(inside(directory, CONFIG), leave_out=leave_out)
     where = str(directory / CONFIG)
-    plan = _planned(stored, config, where, max_rank)
+    names, others = part_names(stored.path, stored.infos, leave_out=leave_out)
+    plan = _planned(stored, config, names, where, max_rank)
+    notes += others
     notes += target_differences(config, list(plan.modules), where=where)
     ambiguous = ambiguous_alphas(config, list(plan.scalings), where=where)
     if ambiguous:
@@ -112,9 +119,10 @@ def _read(directory: Path, max_rank: int, allow_pickle: bool) -> tuple[Adapter, 
     return _with_values(adapter, plan), config
 
 
-def _planned(stored: Stored, config: AdapterConfig, where: str, max_rank: int) -> _Plan:
+def _planned(
+    stored: Stored, config: AdapterConfig, names: dict[str, PartNames], where: str, max_rank: int
+) -> _Plan:
     path, infos = stored.path, stored.infos
-    names = part_names(path, infos)
     modules, parameters = split_parameters(path, config, names)
     check_parts(path, modules, lora_bias=config.lora_bias, use_dora=config.use_dora)
     resolved = ranks_and_scalings(config, [*modules, *parameters], where=where)

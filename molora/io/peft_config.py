@@ -15,6 +15,7 @@ from pydantic import Field, StrictBool, StrictFloat, StrictInt, field_validator,
 
 from molora.config.base import Frozen
 from molora.errors import CheckpointError, ConfigError
+from molora.io.peft_keys import CHOICES
 from molora.io.peft_patterns import first_matches
 from molora.io.sealed import parse_json, printable, read_text
 
@@ -22,10 +23,6 @@ MAX_CONFIG = 2**22
 """Bytes of the largest adapter_config.json that is read."""
 
 REFUSED: dict[str, str] = {
-    "modules_to_save": "whole modules were replaced, which no mixture can weigh. Train an adapter "
-    "without them",
-    "trainable_token_indices": "rows of the embedding were replaced, which no mixture can weigh. "
-    "Train an adapter without them",
     "layer_replication": "the base was rebuilt with repeated layers. Save the expanded base and "
     "train an adapter on it",
     "megatron_config": "the factors are those of sharded layers. Convert the adapter to plain LoRA",
@@ -38,6 +35,11 @@ REFUSED: dict[str, str] = {
     "version of peft",
 }
 """Settings that change the function in a way that is not read; a false value means nothing."""
+REPLACING: dict[str, str] = {
+    "modules_to_save": "whole modules were replaced",
+    "trainable_token_indices": "rows of the embedding were replaced",
+}
+"""Settings that change the function beside the updates of linear layers."""
 WITHOUT_EFFECT = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode"),
     *("lora_dropout", "megatron_core", "runtime_config", "merge_weights", "qalora_group_size"),
@@ -116,8 +118,10 @@ class AdapterConfig(Frozen):
         return self
 
 
-def read_config(path: Path) -> tuple[AdapterConfig, list[str]]:
+def read_config(path: Path, *, leave_out: bool = False) -> tuple[AdapterConfig, list[str]]:
     """The checked settings, and notes on those that were set aside.
+
+    `leave_out`: also of those in REPLACING, and of trained biases of the base.
 
     Raises:
         CheckpointError: a file that is too large or is no JSON.
@@ -133,32 +137,38 @@ def read_config(path: Path) -> tuple[AdapterConfig, list[str]]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is damaged: {type(data).__name__}, not a dict.")
     try:
-        return parse_config(data, where=str(path))
+        return parse_config(data, where=str(path), leave_out=leave_out)
     except RecursionError:
         raise CheckpointError(f"{path} is damaged: its values are nested too deeply.") from None
 
 
-def parse_config(data: Mapping[str, Any], *, where: str) -> tuple[AdapterConfig, list[str]]:
+def parse_config(
+    data: Mapping[str, Any], *, where: str, leave_out: bool = False
+) -> tuple[AdapterConfig, list[str]]:
     """As `read_config`, of the file's content."""
     if data.get("peft_type") != "LORA":
         _refuse(where, "peft_type", data.get("peft_type"), 'only "LORA" can be an expert. Leave it')
     for key, reason in REFUSED.items():
         if data.get(key):
             _refuse(where, key, data[key], reason)
+    replaced = {key: reason for key, reason in REPLACING.items() if data.get(key)}
     if data.get("bias") not in (None, "none"):
-        reason = 'the base\'s biases were trained. Train an adapter with bias="none"'
-        _refuse(where, "bias", data["bias"], reason)
+        replaced["bias"] = "the base's biases were trained"
+    for key, reason in replaced.items():
+        if not leave_out:
+            _refuse(where, key, data[key], f"{reason}, and {CHOICES}")
     start = data.get("init_lora_weights")
     harmless = start is None or str(start).lower() in HARMLESS_INITS
     if not harmless and not (isinstance(start, str) and CONVERTIBLE.fullmatch(start.lower())):
         _refuse(where, "init_lora_weights", start, _CHANGED_BASE)
-    notes, known = [], {} if harmless else {"init_lora_weights": str(start).lower()}
+    notes = [f"{key} was left out: {reason}" for key, reason in replaced.items()]
+    known = {} if harmless else {"init_lora_weights": str(start).lower()}
     for key, value in data.items():
         if key == "init_lora_weights":
             continue
         if key in AdapterConfig.model_fields:
             known[key] = value
-        elif key not in WITHOUT_EFFECT and key not in REFUSED:
+        elif key not in WITHOUT_EFFECT and key not in REFUSED and key not in REPLACING:
             if value and (key.startswith("use_") or key.endswith("_config")):
                 _refuse(where, key, value, _UNKNOWN)
             notes.append(f"unknown setting {key[:80]!a} was not read")

@@ -41,18 +41,24 @@ TYPES = ("float32", "float16", "bfloat16")
 """Types of factors."""
 LATER = "Experts are updates of linear layers; train an adapter without it."
 UNSUPPORTED: tuple[tuple[str, str], ...] = (
-    (r"\.lora_embedding_[AB]\b", f"a factor of an embedding. {LATER}"),
     (r"\.lora_A(\..+)?\.bias$", "a bias within a factor, which no version of peft writes."),
     (r"\.lora_diag\b", f"KaSA's diagonal. {LATER}"),
-    (r"token_adapter|trainable_tokens", "rows that replace an embedding's. Train without them."),
     (r"\bbase_layer\..*lora_", "a factor of a part of an attention that torch fuses. Convert it to "
      "an adapter of plain linear layers."),
     (r"internal_xlora_classifier", "X-LoRA's router. Name the directories of its adapters."),
-    (r"\.bias$", 'a trained bias of the base. Train an adapter with bias="none".'),
-    (r"", "a copy of the base's own tensor (modules_to_save, or an embedding of another size), "
-     "which no mixture can weigh. Train an adapter without it."),
 )  # fmt: skip
-"""Patterns of names that are recognised, and what they are; the last is everything else."""
+"""Patterns of names that are recognised and refused, and what they are."""
+REPLACING: tuple[tuple[str, str], ...] = (
+    (r"\.lora_embedding_[AB]\b", "a factor of an embedding"),
+    (r"token_adapter|trainable_tokens", "rows that replace an embedding's"),
+    (r"\.bias$", "a trained bias of the base"),
+    (r"", "a copy of the base's own tensor (modules_to_save, or an embedding of another size)"),
+)
+"""Likewise, of what an adapter has beside its updates of linear layers; the last is all else."""
+CHOICES = (
+    "no mixture can weigh that. Train an adapter without it, or give leave_out=True, which takes "
+    "the updates of linear layers alone: another function than was trained"
+)
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,12 @@ class PartNames:
         return tuple((setting, name) for setting, name in both if name is not None)
 
 
-def part_names(path: Path, header: Mapping[str, TensorInfo]) -> dict[str, PartNames]:
-    """module → the names of its tensors in the file, in the order of the file.
+def part_names(
+    path: Path, header: Mapping[str, TensorInfo], *, leave_out: bool = False
+) -> tuple[dict[str, PartNames], list[str]]:
+    """(module → the names of its tensors in the file, in the order of the file; notes).
+
+    `leave_out`: tensors beside the updates of linear layers are named in a note.
 
     Raises:
         CheckpointError: a name that is no part of LoRA, two tensors for one part, parts of several
@@ -85,8 +95,15 @@ def part_names(path: Path, header: Mapping[str, TensorInfo]) -> dict[str, PartNa
         )
     found: dict[str, dict[str, str]] = {}
     adapters: dict[tuple[str | None, bool], str] = {}
+    others: dict[str, list[str]] = {}
     for name in header:
-        module, part, adapter = _split(path, name)
+        split = _split(path, name)
+        if isinstance(split, str):
+            if not leave_out:
+                raise CheckpointError(f"{path}: {name!a} is {split}, and {CHOICES}.")
+            others.setdefault(split, []).append(name)
+            continue
+        module, part, adapter = split
         parts = found.setdefault(module, {})
         if part in parts:
             raise CheckpointError(
@@ -101,11 +118,14 @@ def part_names(path: Path, header: Mapping[str, TensorInfo]) -> dict[str, PartNa
             f"{path}: {first!a} and {second!a} are not of one adapter: names differ in the "
             "adapter's name or in the prefix. Save each adapter into a directory of its own."
         )
-    return {module: _complete(path, module, parts) for module, parts in found.items()}
+    if not found:
+        raise CheckpointError(f"{path} has no factors of a linear layer, so that nothing is left.")
+    notes = [f"left out: {examples(names)}, {what}" for what, names in others.items()]
+    return {module: _complete(path, module, parts) for module, parts in found.items()}, notes
 
 
-def _split(path: Path, name: str) -> tuple[str, str, tuple[str | None, bool]]:
-    """(module, part, what all names of one adapter have in common)."""
+def _split(path: Path, name: str) -> tuple[str, str, tuple[str | None, bool]] | str:
+    """(module, part, what all names of one adapter have in common), or what of REPLACING it is."""
     if len(name) > MAX_NAME:
         raise CheckpointError(
             f"{path}: a name has {len(name)} characters, at most {MAX_NAME}: {name[:80]!a}…. "
@@ -121,8 +141,10 @@ def _split(path: Path, name: str) -> tuple[str, str, tuple[str | None, bool]]:
     while module.endswith(".base_layer"):  # a parameter within a module that has another
         module = module.removesuffix(".base_layer")
     if found is None or part is None or "base_layer" in module.split("."):
-        what = next(what for pattern, what in UNSUPPORTED if re.search(pattern, bare))
-        raise CheckpointError(f"{path}: {name!a} is {what}")
+        refused = [what for pattern, what in UNSUPPORTED if re.search(pattern, bare)]
+        if refused:
+            raise CheckpointError(f"{path}: {name!a} is {refused[0]}")
+        return next(what for pattern, what in REPLACING if re.search(pattern, bare))
     if not MODULE.fullmatch(found["module"]):
         raise CheckpointError(
             f"{path}: {name!a} names no module: names are letters, digits, '_', '-', and dots "

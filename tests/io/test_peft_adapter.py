@@ -9,6 +9,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from peft_adapters import CONFIG, TENSORS, edit_config, edit_tensors, save_adapt
 from safetensors.torch import save_file
 from torch import Tensor
 
+import molora
 from molora.errors import CheckpointError, ConfigError, MoLoRAError
 from molora.io import peft_files, peft_keys
 from molora.io.peft_adapter import read_adapter
@@ -158,6 +160,66 @@ def test_tensors_that_are_no_plain_expert_are_refused(adapter: Path, kind: str) 
     edit_tensors(adapter, edit)
     with pytest.raises(CheckpointError, match=message):
         read_adapter(adapter)
+
+
+LEFT_OUT: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "modules_to_save": (
+        "llama",
+        {"modules_to_save": ["lm_head"]},
+        [
+            "modules_to_save was left out: whole modules",
+            "left out: .*lm_head.*, a copy of the base",
+        ],
+    ),
+    "token rows": (
+        "llama",
+        {"trainable_token_indices": [3, 4]},
+        ["trainable_token_indices was left out: rows", "left out: .*, rows that replace"],
+    ),
+    "biases": (
+        "qwen2",
+        {"bias": "lora_only"},
+        ["bias was left out: the base's biases", "left out: .* and 1 more, a trained bias"],
+    ),
+    "embedding": (
+        "llama",
+        {"target_modules": ["q_proj", "v_proj", "embed_tokens"]},
+        ["left out: .*, a factor of an embedding", "left out: .*, a copy of the base"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LEFT_OUT)
+def test_what_replaces_parts_of_the_base_is_left_out_where_it_is_asked_for(
+    tmp_path: Path, kind: str
+) -> None:
+    family, settings, notes = LEFT_OUT[kind]
+    save_adapter(tmp_path, family, **settings)
+    with pytest.raises(MoLoRAError, match="leave_out=True, which takes the updates"):
+        read_adapter(tmp_path)
+    adapter = read_adapter(tmp_path, leave_out=True)
+    ends = {name.rpartition(".")[2] for name in adapter.modules}
+    assert ends == {"q_proj", "v_proj"}
+    assert len(adapter.modules) == 4
+    for note in notes:
+        assert any(re.match(note, line) for line in adapter.notes), adapter.notes
+    assert molora.load_experts({"a": tmp_path}, leave_out=True).notes[0].startswith("a: ")
+
+
+def test_an_adapter_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
+    save_adapter(tmp_path, target_modules=["embed_tokens"])
+    with pytest.raises(CheckpointError, match="no factors of a linear layer"):
+        read_adapter(tmp_path, leave_out=True)
+
+
+def test_what_is_refused_for_another_reason_is_refused_still(adapter: Path) -> None:
+    for kind in ("KaSA", "attention", "X-LoRA", "bias of A", "NaN", "B alone"):
+        edit, message = REFUSED[kind]
+        whole = (adapter / TENSORS).read_bytes()
+        edit_tensors(adapter, edit)
+        with pytest.raises(CheckpointError, match=message):
+            read_adapter(adapter, leave_out=True)
+        (adapter / TENSORS).write_bytes(whole)
 
 
 VECTORS: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {

@@ -21,7 +21,7 @@ from saved_mixtures import join_header, split_header
 from molora import MoLoRAError, load_experts
 from molora.io import peft_patterns
 from molora.io.header import read_header
-from molora.io.peft_config import REFUSED, WITHOUT_EFFECT, AdapterConfig
+from molora.io.peft_config import REFUSED, REPLACING, WITHOUT_EFFECT, AdapterConfig
 
 Files = dict[str, bytes]
 SHARES = st.floats(0, 1, exclude_max=True)
@@ -38,7 +38,7 @@ PLAUSIBLE = (
     | st.lists(REGEXES, max_size=3)
     | st.dictionaries(REGEXES, st.integers(1, 5) | st.floats(), max_size=4)
 )
-KEYS = st.sampled_from(sorted({*AdapterConfig.model_fields, *REFUSED, *WITHOUT_EFFECT}))
+KEYS = st.sampled_from(sorted({*AdapterConfig.model_fields, *REFUSED, *REPLACING, *WITHOUT_EFFECT}))
 NAMES = st.text(max_size=12) | st.lists(
     st.sampled_from(
         ["base_model", "model", "lora_A", "lora_B", "weight", "default", "", "..", "q"]
