@@ -27,7 +27,11 @@ RAGGED: dict[str, dict[str, Any]] = {
     "art": {"r": 3, "target_modules": ["o_proj"]},
 }
 """Other ranks, scalings and parameters, and one of linears alone; blocks in another order."""
-SAME = {name: {"r": 3, **BOTH} for name in ("math", "code", "law")}
+SAME = {
+    name: {"r": 3, "lora_alpha": alpha, **BOTH}
+    for name, alpha in [("math", 5), ("code", 8), ("law", 2)]
+}
+"""One block; scalings differ."""
 Gates = Callable[[str, Tensor], Tensor]
 """(linear or parameter, what its module reads (T, in)) → (T, E)."""
 

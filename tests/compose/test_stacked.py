@@ -242,15 +242,16 @@ def test_missing_error_names_the_parameter(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------ saving and editing
 
 
-def test_saved_and_loaded_again_it_is_the_same(tmp_path: Path) -> None:
-    experts = load_set(tmp_path, RAGGED, "mixtral")
+@pytest.mark.parametrize("settings", [SAME, RAGGED], ids=["alike", "ragged"])
+def test_saved_and_loaded_again_it_is_the_same(tmp_path: Path, settings: dict[str, Any]) -> None:
+    experts = load_set(tmp_path, settings, "mixtral")
     mixture = compose("mixtral", experts, {"kind": "linear", "top_k": 2}, seed=3)
     expected = logits(mixture.model)
-    state = mixture.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in mixture.state_dict().items()}
     path = f"model.layers.0.{UP}"
-    # (E · E_b, rank, in): "math" of rank 3, then "code" of rank 2
-    assert state[f"{path}.experts.lora_A"].shape == (4, 3, 32)
-    assert state[f"{path}.experts.1.lora_B"].shape == (4, 80, 2)
+    # (E · E_b, rank, in), "math" of rank 3 and "code" of rank 2 in blocks of their own
+    assert shapes[f"{path}.experts.lora_A"] == ((12 if settings is SAME else 4), 3, 32)
+    assert settings is SAME or shapes[f"{path}.experts.1.lora_B"] == (4, 80, 2)
     mixture.save(tmp_path / "saved")
     again = molora.load(tiny("mixtral"), tmp_path / "saved")
     assert torch.equal(logits(again.model), expected)

@@ -19,6 +19,7 @@ from stacked_sets import (
 from tiny_models import batch_for, tiny
 
 import molora
+from molora.compose.edit import edited
 from molora.compose.gate_vectors import mean_activations
 from molora.compose.xlora import export_xlora
 from molora.errors import AttachError, ConfigError
@@ -31,6 +32,19 @@ def test_routers_that_compare_updates_are_refused(tmp_path: Path, router: str) -
     with pytest.raises(ConfigError, match=r"gate_up_proj holds one update for each of 4 weights"):
         molora.compose(model, load_set(tmp_path, SAME, "mixtral"), router=router)
     assert {name for name, _ in model.named_modules()} == names
+
+
+def test_a_mixture_stays_where_its_new_router_is_refused(tmp_path: Path) -> None:
+    mixture = compose("mixtral", load_set(tmp_path, SAME, "mixtral"), "uniform")
+    expected = logits(mixture.model)
+    with pytest.raises(ConfigError, match="compares a linear's input"):
+        edited(mixture, router="arrow")
+    assert torch.equal(logits(mixture.model), expected)
+    settings = mixture.config.model_dump()
+    settings["groups"][0]["router"] = {"kind": "projection"}
+    mixture.detach()
+    with pytest.raises(ConfigError, match="compares a linear's input"):
+        molora.attach(mixture.model, molora.MixtureConfig.parse(settings))
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
