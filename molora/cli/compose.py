@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
-Out = Annotated[Path, typer.Option(metavar="DIR", help="Where the mixture goes.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Where the mixture goes; with --from in place of that one if not given."
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -93,8 +98,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress of traini
 
 
 def compose(
-    out: Out,
     overrides: Overrides = None,
+    out: Out = None,
     base: Base = None,
     expert: Expert = None,
     library: Library = None,
@@ -130,6 +135,10 @@ def compose(
     from molora.cli import composing
     from molora.errors import ConfigError
 
+    if out is None:
+        if source is None or train:
+            raise ConfigError("--out is missing: the directory to write to.")
+        out = source
     if drop and source is None:
         raise ConfigError("--drop takes experts out of a saved mixture. Name it with --from.")
     settings = composing.settings_of(

@@ -20,11 +20,16 @@ def export(
     to: Annotated[
         str, typer.Option(metavar="peft|peft-each|peft-xlora|merged", help="What it becomes.")
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where it goes: a new directory.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE", help="For peft: how experts are merged, as method=svd rank=16."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where it goes, a new directory: DIR-KIND beside DIR if not given."
         ),
     ] = None,
     base: Annotated[
@@ -65,6 +70,9 @@ def export(
     options = replaced({}, overrides or [])
     if options and to != "peft":
         raise ConfigError(f"{next(iter(options))}=…: only --to peft merges and takes settings.")
+    if out is None:
+        whole = directory.resolve()
+        out = whole.with_name(f"{whole.name}-{to}")
     KINDS[to](directory, out, base, dtype, options)
 
 

@@ -128,8 +128,9 @@ def test_experts_are_added_and_dropped_without_their_directories(
     assert found.config == expected.config
     torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=1e-6)
     # settings of the router that is there, in the same place
-    one = ["compose", "--from", tmp_path / "two", "--out", tmp_path / "two", "router.top_k=1"]
-    assert molora(*one).code == 0
+    one = molora("compose", "--from", tmp_path / "two", "router.top_k=1")
+    assert one.code == 0, one.err
+    assert f"The mixture is in {tmp_path / 'two'}" in one.out
     found = package.load(AutoModelForCausalLM.from_pretrained(base), tmp_path / "two")
     assert found.config.groups[0].select.k.value == 1  # type: ignore[union-attr]
     assert found.config.groups[0].router.temperature == 2.0  # type: ignore[union-attr]
@@ -441,7 +442,8 @@ def test_a_users_error_is_exit_code_2_and_writes_nothing(
 
 def test_base_experts_and_a_place_are_needed(molora: Callable[..., Any], tmp_path: Path) -> None:
     assert "--base is missing" in molora("compose", "--out", tmp_path / "out").err
-    assert "Missing option '--out'" in molora("compose", "--base", "x").err
+    assert "--out is missing" in molora("compose", "--base", "x").err
+    assert "--out is missing" in molora("compose", "--from", "x", "--train", "y").err
     none = molora("compose", "--base", "x", "--out", tmp_path / "out")
     assert "0 experts were given" in none.err
     (tmp_path / "file").write_text("")

@@ -70,11 +70,12 @@ def test_each_expert_comes_back_as_package_peft_saved_it(
     saved: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    outcome = molora("export", saved(router="linear"), "--to", "peft-each", "--out", tmp_path / "o")
+    outcome = molora("export", saved(router="linear"), "--to", "peft-each")
     assert outcome.code == 0, outcome.err
+    (tmp_path / "saved-peft-each").rename(tmp_path / "o")
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == sorted(experts)
     for name, source in experts.items():
-        assert f"{name} is in {tmp_path / 'o' / name}" in outcome.out
+        assert f"{name} is in {tmp_path / 'saved-peft-each' / name}" in outcome.out
         file = "adapter_model.safetensors"
         before, after = load_file(source / file), load_file(tmp_path / "o" / name / file)
         assert before.keys() == after.keys()
