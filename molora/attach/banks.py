@@ -42,6 +42,13 @@ def check_fit(placements: Sequence[Placement], brought: Brought) -> None:
             if factors is None:
                 continue
             size = factors.lora_A.shape[-1], factors.lora_B.shape[-2]
+            weights = tuple(factors.lora_A.shape[:-2])
+            if weights != ((placement.stacked,) if placement.stacked else ()):
+                raise AttachError(
+                    f"expert {name} has a lora_A of shape {tuple(factors.lora_A.shape)} at "
+                    f"{placement.path}, which is {placement.stacked or 'no'} stacked weights here. "
+                    "It was trained on another base."
+                )
             if size != (width, height):
                 raise AttachError(
                     f"expert {name} maps {size[0]} to {size[1]} features at {placement.path}, "

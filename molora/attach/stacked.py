@@ -103,6 +103,16 @@ def _check_known(model: nn.Module, path: str) -> None:
         )
 
 
+def stack_sizes(model: nn.Module) -> set[int]:
+    """How many weights lie in the model's modules with stacked weights."""
+    found: set[int] = set()
+    for module in model.modules():
+        if all(hasattr(module, said) for said in SAYS):
+            known: Any = module
+            found.add(known.num_experts)
+    return found
+
+
 def projections(module: Any) -> tuple[str, str]:
     """Names of the parameter that reads hidden states and of the one that leads back."""
     return ("gate_up_proj" if module.has_gate else "up_proj", OUTER)

@@ -13,6 +13,7 @@ from molora.attach import Mixture
 from molora.attach.attach import attach_with
 from molora.attach.stacked import check_stacked
 from molora.compose.experts import NAME, FrozenExperts
+from molora.compose.single_experts import for_stacks
 from molora.compose.vectors import Vectors, fill_routers
 from molora.config import ExpertOutputs, Fixed, Given, Imported, LinearRouter, MixtureConfig, XLoRA
 from molora.config.base import unknown_name
@@ -62,6 +63,7 @@ def compose(
     """
     given = {"kind": router} if isinstance(router, str) else dict(router)
     vectors: Vectors | str | None = given.pop("vectors", None)
+    experts = for_stacks(model, experts)
     config = composed_config(
         experts, router=given, missing=missing, trainable=trainable, new=new, **options
     )

@@ -18,6 +18,7 @@ from molora.attach.banks import blocks_of
 from molora.compose.compose import Missing, compose, composed_config
 from molora.compose.experts import FrozenExperts
 from molora.compose.kept_routers import given_vectors, groups_of_routers, keep_learnt
+from molora.compose.single_experts import for_stacks
 from molora.config import (
     Imported,
     ImportedExpert,
@@ -111,7 +112,8 @@ def edited(
             "the mixture has trained modules or token rows of the base beside its experts, which "
             "only it can keep. Compose anew from its experts: `experts_of`."
         )
-    experts = _joined(experts_of(mixture), add, drop)
+    added = None if add is None else for_stacks(mixture.model, add)
+    experts = _joined(experts_of(mixture), added, drop)
     recipe = _recipe(config, router, [*experts.names, *new])
     kept = {name: getattr(config, name) for name in _kept(config, router) if name not in options}
     options = kept | {"dropout": form.dropout.p} | options

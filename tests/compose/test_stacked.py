@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from frozen_sets import load_set, logits, save_set
-from peft_adapters import save_adapter
+from peft_adapters import edit_config, edit_tensors, save_adapter
 from stacked_sets import (
     BOTH,
     DOWN,
@@ -352,3 +352,41 @@ def test_activated_experts_of_linears_go_with_others_of_stacked_weights(tmp_path
     close(ours, reference(experts, gates, input_ids=ids).detach())
     always = reference(experts, same_everywhere(0.5, 1.0), input_ids=ids).detach()
     assert (ours - always).abs().max() > 1e-2
+
+
+def _save_single(directory: Path, experts: molora.FrozenExperts, name: str) -> None:
+    """An adapter as transformers 4 had it, each expert's halves by themselves, with the same update
+    of stacked weights; A is the same for both halves."""
+    adapter, tensors = experts.adapters[name], dict[str, Tensor]()
+    for path, part in adapter.parameters.items():
+        block = path.rpartition(".experts.")[0].replace(".mlp", ".block_sparse_moe")
+        leaves = ("w1", "w3") if path.endswith("gate_up_proj") else ("w2",)
+        for j in range(part.num_experts):
+            for leaf, half in zip(leaves, part.lora_B[j].chunk(len(leaves)), strict=True):
+                key = f"base_model.model.{block}.experts.{j}.{leaf}"
+                tensors[f"{key}.lora_A.weight"] = part.lora_A[j]
+                tensors[f"{key}.lora_B.weight"] = half
+    save_adapter(directory, "mixtral", r=3, lora_alpha=8, target_modules=["q_proj"])
+    edit_tensors(directory, lambda t: (t.clear(), t.update(tensors)))
+    edit_config(directory, target_modules=["w1", "w2", "w3"])
+
+
+def test_adapters_of_single_experts_act_on_the_stack_that_is_in_their_place(tmp_path: Path) -> None:
+    stacked = load_set(tmp_path, {"math": SAME["math"], "code": SAME["code"]}, "mixtral")
+    _save_single(tmp_path / "single", stacked, "code")
+    mixed = molora.load_experts({"math": tmp_path / "math", "code": tmp_path / "single"})
+    assert len(mixed.adapters["code"].modules) == 2 * 4 * 3
+    router = {"kind": "fixed", "weights": {"math": 0.5, "code": 0.75}}
+    with pytest.warns(UserWarning, match="code: factors of single experts were stacked"):
+        mixture = compose("mixtral", mixed, router)
+    close(logits(mixture.model), reference(stacked, same_everywhere(0.5, 0.75)).detach())
+    mixture.save(tmp_path / "saved")
+    again = molora.load(tiny("mixtral"), tmp_path / "saved")
+    assert torch.equal(logits(again.model), logits(mixture.model))
+    again.detach()
+    plain = compose(
+        "mixtral", load_set(tmp_path / "plain", {"math": SAME["math"]}, "mixtral"), "uniform"
+    )
+    more = molora.load_experts({"code": tmp_path / "single"})
+    made = edited(plain, add=more, router=router)
+    close(logits(made.model), reference(stacked, same_everywhere(0.5, 0.75)).detach())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tiny_models import batch_for, tiny
 
 import molora
 from molora.compose.edit import edited
+from molora.compose.experts import FrozenExperts
 from molora.compose.gate_vectors import mean_activations
 from molora.compose.xlora import export_xlora
 from molora.errors import AttachError, ConfigError
@@ -110,3 +112,21 @@ def test_what_is_made_from_linears_alone_refuses_stacked_weights(tmp_path: Path)
     mixture.detach()
     with pytest.raises(ConfigError, match=r"math adapts .*gate_up_proj, stacked weights, for"):
         mean_activations(mixture.model, experts, {"math": [batch_for(mixture.model)]})
+
+
+def test_a_stack_of_another_size_in_one_expert_is_refused(tmp_path: Path) -> None:
+    experts = load_set(tmp_path, SAME, "mixtral")
+    six = {
+        path: replace(
+            part,
+            lora_A=torch.cat([part.lora_A, part.lora_A[:2]]),
+            lora_B=torch.cat([part.lora_B, part.lora_B[:2]]),
+        )
+        for path, part in experts.adapters["math"].parameters.items()
+    }
+    odd = replace(experts.adapters["math"], parameters=six)
+    mixed = FrozenExperts({**experts.adapters, "math": odd}, ())
+    with pytest.raises(
+        AttachError, match=r"lora_A of shape \(6, 3, 32\) .* is 4 stacked"
+    ):
+        compose("mixtral", mixed, "uniform")
