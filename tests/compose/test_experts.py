@@ -293,7 +293,7 @@ def _anonymous_bytes() -> int:
 
 def test_a_set_takes_no_memory_beside_its_files(tmp_path: Path) -> None:
     save_adapter(tmp_path / "a", target_modules=["q_proj"], r=400)
-    wide = {f"model.l{i}.q.lora_{f}.weight": torch.randn(400, 4000) for i in range(2) for f in "AB"}
+    wide = {f"model.l{i}.q.lora_{f}.weight": torch.randn(400, 2000) for i in range(2) for f in "AB"}
     wide = {name: x.T if "B" in name else x for name, x in wide.items()}
     edit_tensors(tmp_path / "a", lambda t: (t.clear(), t.update(wide)))
     for name in "bcdefg":
@@ -304,7 +304,7 @@ def test_a_set_takes_no_memory_beside_its_files(tmp_path: Path) -> None:
         module for adapter in experts.adapters.values() for module in adapter.modules.values()
     ]
     size = sum(m.lora_A.nbytes + m.lora_B.nbytes for m in modules)
-    assert size > 150e6
+    assert size > 80e6
     assert _anonymous_bytes() - before < 0.15 * size
     copies = [module.lora_A.clone() for module in modules]
     assert _anonymous_bytes() - before > 0.45 * size
