@@ -126,7 +126,5 @@ def test_a_stack_of_another_size_in_one_expert_is_refused(tmp_path: Path) -> Non
     }
     odd = replace(experts.adapters["math"], parameters=six)
     mixed = FrozenExperts({**experts.adapters, "math": odd}, ())
-    with pytest.raises(
-        AttachError, match=r"lora_A of shape \(6, 3, 32\) .* is 4 stacked"
-    ):
+    with pytest.raises(AttachError, match=r"lora_A of shape \(6, 3, 32\) .* is 4 stacked"):
         compose("mixtral", mixed, "uniform")
