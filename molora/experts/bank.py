@@ -151,7 +151,7 @@ class ExpertBank(nn.Module):
     def forward(
         self,
         x_TD: Tensor,
-        routing: Routing | None,
+        routing: Routing | list[Routing] | None,
         *,
         slots_TK: Tensor | None = None,
         down_TP: Tensor | None = None,
@@ -159,7 +159,8 @@ class ExpertBank(nn.Module):
         product_TF: Tensor | None = None,
         readout_NEF: Tensor | None = None,
     ) -> Tensor:
-        """(T, in) and its rows' decision → (T, out); without one, all experts act with gate 1.
+        """(T, in) and its rows' decision → (T, out); without one, all experts act with gate 1. A
+        list has a decision for each block, about the block's own experts.
 
         With `base`, its product of x and the update. `down_TP` is the product of x with
         `shared_factor()`, if it was made already; `product_TF` is x Wᵀ of the base, which a bank
@@ -190,8 +191,10 @@ class ExpertBank(nn.Module):
         """Whether an expert scales the rows of the base's weight, so that x Wᵀ is needed."""
         return any(block.row_scale is not None for block in self.blocks())
 
-    def _decisions(self, routing: Routing | None) -> list[Routing | None]:
+    def _decisions(self, routing: Routing | list[Routing] | None) -> Sequence[Routing | None]:
         """The part of a decision that is about each block's experts."""
+        if isinstance(routing, list):
+            return routing
         blocks = list(self.blocks())
         if routing is None or (self.is_alone and self.columns is None):
             return [routing] * len(blocks)
@@ -270,7 +273,8 @@ class ExpertBank(nn.Module):
             index_TK = None if routing.in_order else routing.expert_index
         lora_B: Tensor = self.lora_B
         if self.row_scale is not None:
-            lora_B = lora_B * self.row_scale[:, :, None].to(lora_B.dtype)
+            # of float32: rounded twice, factors in low precision would lose a digit
+            lora_B = lora_B * self.row_scale[:, :, None]
         factors = self.lora_A, lora_B, self.scaling
         if x.dim() == 3:
             # an input per expert: only the reference takes one; the option is documented as slow

@@ -144,7 +144,7 @@ def learned(mixture: molora.Mixture) -> None:
                 block.lora_B.data.copy_(values)
 
 
-@pytest.mark.parametrize("router", ["linear", "lora_flow", "hard_top1"])
+@pytest.mark.parametrize("router", ["linear", "lora_flow", "hard_top1", "mole"])
 def test_activation_checkpointing_has_the_same_gradients(tmp_path: Path, router: str) -> None:
     model, mixture, _ = composed(tmp_path, router=router)
     model.double()
