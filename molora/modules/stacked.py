@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from molora.errors import AttachError
 from molora.experts import ExpertBank
+from molora.experts.bank import acting
+from molora.experts.gates import grown, of_largest
 from molora.kernels.grouped_product import grouped_product
 from molora.kernels.plan import plan_rows
 from molora.modules.context import ForwardContext
@@ -76,8 +78,30 @@ class StackedProjection:
         self.experts = experts
         self.decision = decision
 
-    def product(self, x_ND: Tensor, rows: Assigned, gates: Routing | None) -> Tensor:
-        """(N, in) of sorted rows → (N, out) in the weights' dtype; `gates` decides for pairs."""
+    def kind(self, num_base: int) -> tuple[object, ...]:
+        """What `pairs` makes of a decision hangs on nothing else of the projection."""
+        bank = self.experts
+        assert bank is not None
+        sizes = tuple(block.size // num_base for block in bank.blocks())
+        columns = None if bank.columns is None else tuple(bank.columns[::num_base].tolist())
+        return id(self.decision), sizes, columns, bank.grow_gates
+
+    def pairs(self, routing: Routing, rows: Assigned, num_base: int) -> list[Routing]:
+        """What a decision about tokens says of the rows and of the pairs in each of the blocks."""
+        bank = self.experts
+        assert bank is not None
+        if bank.is_alone and bank.columns is None:
+            return [_of_pairs(routing, rows, num_base)]
+        gates_TE = routing.dense_gates()
+        if bank.columns is not None:
+            own_TE = gates_TE.index_select(1, bank.columns[::num_base] // num_base)
+            gates_TE = grown(own_TE, gates_TE) if bank.grow_gates else own_TE
+        parts = gates_TE.split([block.size // num_base for block in bank.blocks()], dim=1)
+        slots = acting(routing)
+        return [_of_pairs(of_largest(part_TE, slots), rows, num_base) for part_TE in parts]
+
+    def product(self, x_ND: Tensor, rows: Assigned, gates: list[Routing] | None) -> Tensor:
+        """(N, in) of sorted rows → (N, out) in the weights' dtype; `gates` decide for pairs."""
         weight = self.base.get_parameter(self.name)
         weights_GIO = weight if self.transposed else weight.transpose(1, 2)
         # autocast knows no grouped product; the base's own forward casts likewise
@@ -127,6 +151,8 @@ class MoLoRAStackedExperts:
         self.activate = activate
         self.finish = finish
         self.context = context
+        # read once, since it waits for the device
+        self._kinds = [p.kind(num_base) if p.experts is not None else None for p in (inner, outer)]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, H) and the base's decision → (T, H); the base alone while disabled."""
@@ -149,17 +175,20 @@ class MoLoRAStackedExperts:
         y_TF = y_NF.view(*index_TK.shape, -1).sum(dim=1)
         return y_TF.to(hidden_states.dtype).view(hidden_states.shape)
 
-    def _pairs(self, x_TD: Tensor, rows: Assigned) -> Iterator[Routing | None]:
-        """For each projection what was decided of pairs; once where they share a decision."""
-        made: dict[int, Routing] = {}
-        for projection in (self.inner, self.outer):
-            if projection.experts is None:
+    def _pairs(self, x_TD: Tensor, rows: Assigned) -> Iterator[list[Routing] | None]:
+        """For each projection what is decided of pairs; once where they share it."""
+        decided: dict[int, Routing] = {}
+        made: dict[object, list[Routing]] = {}
+        for projection, kind in zip((self.inner, self.outer), self._kinds, strict=True):
+            if kind is None:
                 yield None
                 continue
             decision = projection.decision
-            if id(decision) not in made:
-                made[id(decision)] = self._of_pairs(self._decided(decision, x_TD), rows)
-            yield made[id(decision)]
+            if id(decision) not in decided:
+                decided[id(decision)] = self._decided(decision, x_TD)
+            if kind not in made:
+                made[kind] = projection.pairs(decided[id(decision)], rows, self.num_base)
+            yield made[kind]
 
     def _decided(self, decision: Decision | None, x_TD: Tensor) -> Routing:
         """(T, H) → the decision for the tokens."""
@@ -183,15 +212,17 @@ class MoLoRAStackedExperts:
             return acting.shape[0], acting.shape[1]
         return (rows,)
 
-    def _of_pairs(self, routing: Routing, rows: Assigned) -> Routing:
-        """What a decision about tokens says of the rows and pairs."""
-        index_NK = routing.expert_index.index_select(0, rows.token_N) * self.num_base
-        index_NK = index_NK + rows.expert_N[:, None]
-        gates_NK = routing.gates.index_select(0, rows.token_N)
-        # scores say how many pairs there are, and are read no further
-        scores_NP = gates_NK.new_zeros(1, 1).expand(len(index_NK), self.num_experts * self.num_base)
-        chosen_NK = torch.ones_like(index_NK, dtype=torch.bool)
-        return Routing(None, scores_NP, gates_NK, index_NK, chosen_NK)
+
+def _of_pairs(routing: Routing, rows: Assigned, num_base: int) -> Routing:
+    """(T, K) experts and gates → those of the rows, (N, K), experts as pairs with the row's weight;
+    the plans that kernels make of them are kept there for the next projection."""
+    index_NK = routing.expert_index.index_select(0, rows.token_N) * num_base
+    index_NK = index_NK + rows.expert_N[:, None]
+    gates_NK = routing.gates.index_select(0, rows.token_N)
+    # scores say how many pairs there are, and are read no further
+    scores_NP = gates_NK.new_zeros(1, 1).expand(len(index_NK), routing.num_experts * num_base)
+    chosen_NK = torch.ones_like(index_NK, dtype=torch.bool)
+    return Routing(None, scores_NP, gates_NK, index_NK, chosen_NK)
 
 
 def _all_act(x_TD: Tensor, num_experts: int) -> Routing:
