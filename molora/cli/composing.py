@@ -350,7 +350,13 @@ def notes_printed() -> Iterator[None]:
     from molora.cli.experts import harmless
 
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("always", UserWarning)
         yield
-    for text in dict.fromkeys(str(warning.message) for warning in caught):
+    notes = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    for text in dict.fromkeys(notes):
         typer.echo(f"note     {harmless(text)}")
+    for warning in caught:
+        if warning.category is not UserWarning:  # of a library, to its developers
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
