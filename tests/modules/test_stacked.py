@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from host_reads import HostReads
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -168,3 +169,12 @@ def test_disabled_it_is_the_base_and_odd_calls_are_refused() -> None:
         glue.forward(x, index, weights[:, :1])
     glue.context.enabled = False
     assert glue.forward(x, index, weights) is x
+
+
+def test_nothing_waits_for_the_device() -> None:
+    glue, given = made(), [t.float() if t.is_floating_point() else t for t in inputs()]
+    for parameter in glue.inner.base.parameters():
+        parameter.data = parameter.data.float()
+    with HostReads() as host:
+        glue.forward(*given)
+    assert not host.reads
