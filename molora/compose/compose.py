@@ -7,11 +7,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from molora.attach import Mixture
 from molora.attach.attach import attach_with
 from molora.attach.stacked import check_stacked
+from molora.compose.base_checks import other_bases, relative_norms
 from molora.compose.experts import NAME, FrozenExperts
 from molora.compose.single_experts import for_stacks
 from molora.compose.vectors import Vectors, fill_routers
@@ -83,7 +85,7 @@ def compose(
     except BaseException:
         mixture.detach()
         raise
-    for note in (*experts.notes, *_other_bases(model, experts)):
+    for note in (*experts.notes, *_notes_on_base(model, experts)):
         warnings.warn(note, stacklevel=2)
     return mixture
 
@@ -220,16 +222,25 @@ def _policy(missing: Missing | None, fields: Mapping[str, Any], experts: FrozenE
     return missing or ("zero" if shared else "mask")
 
 
-def _other_bases(model: nn.Module, experts: FrozenExperts) -> list[str]:
-    """One line for each base that experts name and that this model is not called."""
-    own = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
-    last = own.rstrip("/").rpartition("/")[2].lower()
-    named: dict[str, list[str]] = {}
-    for name, adapter in experts.adapters.items():
-        if last and adapter.base and adapter.base.rstrip("/").rpartition("/")[2].lower() != last:
-            named.setdefault(adapter.base, []).append(name)
-    return [
-        f"{', '.join(names[:3])}{' and more' if len(names) > 3 else ''}: trained on "
-        f"{ascii(base)[:200]}, but the model is {ascii(own)[:200]}"
-        for base, names in named.items()
-    ]
+def _notes_on_base(model: nn.Module, experts: FrozenExperts) -> tuple[str, ...]:
+    """What names and norms tell about experts and this base."""
+    config: Any = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None) or None
+    notes = other_bases(experts, name=name, revision=getattr(config, "_commit_hash", None))
+    norms = {path: _weight_norm(model, path) for path in (*experts.modules, *experts.parameters)}
+    known = {path: norm for path, norm in norms.items() if norm is not None}
+    if len(known) < len(norms):  # quantised, divided or not there yet
+        return notes
+    return (*notes, *relative_norms(experts, known).notes)
+
+
+@torch.no_grad()
+def _weight_norm(model: nn.Module, path: str) -> float | None:
+    """‖W‖ of a linear or of stacked weights; None where the values are not there to read."""
+    owner = model.get_submodule(path.rpartition(".")[0])
+    found = getattr(owner, path.rpartition(".")[2])
+    weight = found.weight if isinstance(found, nn.Module) else found
+    # ZeRO-3 leaves nothing in a parameter that it divides
+    if weight.is_meta or weight.numel() == 0 or not weight.is_floating_point():
+        return None
+    return float(torch.linalg.vector_norm(weight, dtype=torch.float32))

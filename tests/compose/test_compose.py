@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from frozen_sets import PLAIN, RAGGED, by_hand, constant, load_set, logits, save_set
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import ArrowConfig
-from peft_adapters import save_adapter
+from peft_adapters import edit_tensors, save_adapter
 from saved_mixtures import Snapshot
 from tiny_models import batch_for, tiny
 from torch import nn
@@ -168,7 +169,7 @@ def test_experts_that_name_another_base_are_pointed_out(tmp_path: Path) -> None:
     edit_config(dirs["code"], base_model_name_or_path="owner/other-7b")
     model = tiny("llama")
     model.config._name_or_path = "owner/llama-7b"
-    with pytest.warns(UserWarning, match="code: trained on 'owner/other-7b', but the model is"):
+    with pytest.warns(UserWarning, match="code: trained on 'owner/other-7b', but the base is"):
         molora.compose(model, molora.load_experts(dirs))
 
 
@@ -299,3 +300,19 @@ def test_a_second_mixture_and_a_peft_model_are_refused(tmp_path: Path) -> None:
         molora.compose(model, experts)
     with pytest.raises(AttachError, match="PEFT model"):
         molora.compose(save_adapter(tmp_path / "other"), experts)
+
+
+def test_an_update_that_outweighs_its_weight_is_pointed_out(tmp_path: Path) -> None:
+    for number, name in enumerate(("usual", "huge")):
+        save_adapter(tmp_path / name, seed=number, r=2)
+    edit_tensors(
+        tmp_path / "usual", lambda tensors: [tensors[n].mul_(0.01) for n in tensors if "_B" in n]
+    )
+    edit_tensors(
+        tmp_path / "huge", lambda tensors: [tensors[n].mul_(30) for n in tensors if "_B" in n]
+    )
+    with pytest.warns(UserWarning, match=r"huge: the update is up to .* as large as the weight"):
+        molora.compose(tiny("llama"), molora.load_experts({"huge": tmp_path / "huge"}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        molora.compose(tiny("llama"), molora.load_experts({"usual": tmp_path / "usual"}))
