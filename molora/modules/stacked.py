@@ -195,7 +195,7 @@ class MoLoRAStackedExperts:
         if decision is None:
             return _all_act(x_TD, self.num_experts)
         if isinstance(decision, RoutingSite):
-            return decision.decide(x_TD.view(*self._grid(len(x_TD)), -1))
+            return decision.decide(x_TD.view(*self._grid(len(x_TD), decision.stream), -1))
         current = self.context.decisions.get(decision.site.name)
         if current is None or math.prod(current.grid) != len(x_TD):
             raise AttachError(
@@ -205,12 +205,14 @@ class MoLoRAStackedExperts:
             )
         return current
 
-    def _grid(self, rows: int) -> tuple[int, ...]:
+    def _grid(self, rows: int, stream: str) -> tuple[int, ...]:
         """Leading shape of the batch that the base made one row of tokens of, where it is known."""
-        acting = self.context.side.acting
-        if acting is not None and acting.shape[0] * acting.shape[1] == rows:
-            return acting.shape[0], acting.shape[1]
-        return (rows,)
+        side = self.context.side
+        mask_BS = side.acting if side.acting is not None else side.masks.get(stream)
+        batch, length = (1, 0) if mask_BS is None else mask_BS.shape[:2]
+        # with a cache the mask is of earlier positions, too
+        fits = batch > 0 and rows % batch == 0 and rows // batch <= length
+        return (batch, rows // batch) if fits else (rows,)
 
 
 def _of_pairs(routing: Routing, rows: Assigned, num_base: int) -> Routing:

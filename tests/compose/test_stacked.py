@@ -329,3 +329,21 @@ def test_adapters_of_single_experts_act_on_the_stack_that_is_in_their_place(tmp_
     more = molora.load_experts({"code": tmp_path / "single"})
     made = edited(plain, add=more, router=router)
     close(logits(made.model), reference(stacked, same_everywhere(0.5, 0.75)).detach())
+
+
+def test_records_know_sequences_and_padding_while_decoding_too(tmp_path: Path) -> None:
+    mixture = compose(
+        "mixtral", load_set(tmp_path, SAME, "mixtral"), {"kind": "linear", "top_k": 2}
+    )
+    batch = batch_for(mixture.model, (4, 6), labels=False)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    model: Any = mixture.model
+    with torch.no_grad(), mixture.record() as records:
+        first = model(input_ids=ids[:, :3], attention_mask=mask[:, :3], use_cache=True)
+        cache = first.past_key_values
+        model(input_ids=ids[:, 3:], attention_mask=mask, past_key_values=cache)
+    found: Any = records["model.layers.1.mlp.experts"]
+    assert [record.grid for record in found] == [(2, 3), (2, 3)]
+    assert found[0].mask.tolist() == [True] * 6
+    assert found[1].mask.tolist() == mask[:, 3:].flatten().bool().tolist()
+    assert not found[1].mask.all()

@@ -27,7 +27,7 @@ from molora.compose.xlora import export_xlora
 from molora.errors import AttachError, ConfigError
 
 
-@pytest.mark.parametrize("router", ["arrow", "spectr", "lag", "phatgoose", "average_activation"])
+@pytest.mark.parametrize("router", ["arrow", "spectr", "lag", "mole", "phatgoose"])
 def test_routers_that_compare_updates_are_refused(tmp_path: Path, router: str) -> None:
     model = tiny("mixtral")
     names = {name for name, _ in model.named_modules()}
