@@ -20,7 +20,7 @@ from packaging.version import Version
 import molora
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = {"train", "viz", "track", "dev"}
+EXTRAS = {"train", "viz", "track", "compose", "dev"}
 LARGEST_FILE = 1_000_000
 
 # Written in two parts, so that this file does not hold what it looks for.
