@@ -243,4 +243,5 @@ def _weight_norm(model: nn.Module, path: str) -> float | None:
     # ZeRO-3 leaves nothing in a parameter that it divides
     if weight.is_meta or weight.numel() == 0 or not weight.is_floating_point():
         return None
-    return float(torch.linalg.vector_norm(weight, dtype=torch.float32))
+    wide = torch.promote_types(weight.dtype, torch.float32)  # a base may be in float64
+    return float(torch.linalg.vector_norm(weight, dtype=wide))
