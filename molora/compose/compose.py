@@ -239,7 +239,7 @@ def _weight_norm(model: nn.Module, path: str) -> float | None:
     """‖W‖ of a linear or of stacked weights; None where the values are not there to read."""
     owner = model.get_submodule(path.rpartition(".")[0])
     found = getattr(owner, path.rpartition(".")[2])
-    weight = found.weight if isinstance(found, nn.Module) else found
+    weight: Any = found.weight if isinstance(found, nn.Module) else found
     # ZeRO-3 leaves nothing in a parameter that it divides
     if weight.is_meta or weight.numel() == 0 or not weight.is_floating_point():
         return None
