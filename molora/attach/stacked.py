@@ -4,9 +4,9 @@ their banks are put on.
 Modules of transformers with stacked weights say by attributes how these lie and are used
 (`use_experts_implementation`); all that do are known here, whatever family they belong to.
 
-A bank is the child `gate_up_proj_lora` or `down_proj_lora` of that module. In a mixture's state dict
-it goes by the parameter: `{path of the parameter}.experts.lora_A` (E · E_b, R, in) and `.lora_B`
-(E · E_b, out, R), the factors of expert e for weight j at e · E_b + j; further blocks are
+A bank is the child `gate_up_proj_lora` or `down_proj_lora` of that module. In a mixture's state
+dict it goes by the parameter: `{path of the parameter}.experts.lora_A` (E · E_b, R, in) and
+`.lora_B` (E · E_b, out, R), the factors of expert e for weight j at e · E_b + j; further blocks are
 `.experts.1.lora_A` and so on. A router that reads hidden states decides for both parameters, as
 `{path of the module}.router.weight`: with missing="mask" it may choose experts that adapt one of
 them, whose part at the other is 0.
