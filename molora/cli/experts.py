@@ -54,7 +54,11 @@ def routing_lines(config: MixtureConfig) -> list[str]:
     lines = []
     for group in config.groups:
         for form in imported_of(group):
-            decided = [_settings(group.router), _settings(group.score), _settings(group.select)]
+            decided = [
+                shown_settings(group.router),
+                shown_settings(group.score),
+                shown_settings(group.select),
+            ]
             scope = getattr(group.site, "scope", group.site.kind)
             lines.append(f"router   {', '.join(decided)}; a decision for every {scope}")
             lines.append(f"missing  {form.missing}: {_MISSING[form.missing]}")
@@ -97,7 +101,7 @@ def _base(name: str | None, revision: str | None = None) -> str:
     return harmless(name[:200] if revision is None else f"{name[:200]}@{revision[:80]}")
 
 
-def _settings(part: Any) -> str:
+def shown_settings(part: Any) -> str:
     """`top_k (k 3)`: a kind and what of it is not as by default."""
     shown = []
     for name in type(part).model_fields:

@@ -12,6 +12,7 @@ from molora.errors import MoLoRAError
 
 if TYPE_CHECKING:
     from molora.generate import Loaded
+    from molora.generate.text import Deciding
 
 Adapter = Annotated[
     Path, typer.Option(metavar="DIR", help="Directory with a saved mixture.", show_default=False)
@@ -34,6 +35,13 @@ TopP = Annotated[
     float, typer.Option(help="Draw from the fewest tokens whose probabilities reach this sum.")
 ]
 Seed = Annotated[int, typer.Option(help="Seeds the draws.")]
+Encoder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR|PACKAGE",
+        help="The encoder that the mixture's text router was made with, if it has one.",
+    ),
+]
 
 
 def generate(
@@ -51,6 +59,7 @@ def generate(
     chat_template: Annotated[
         str, typer.Option(help="auto: as a user's turn, if the tokenizer can; none: as it stands.")
     ] = "auto",
+    encoder: Encoder = None,
 ) -> None:
     """Continue prompts with a trained mixture.
 
@@ -66,7 +75,7 @@ def generate(
 
     if chat_template not in ("auto", "none"):
         raise ConfigError(unknown_name("chat template", chat_template, ["auto", "none"]))
-    loaded = _load(adapter, model, dtype)
+    loaded, deciding = _load(adapter, model, dtype, encoder, num_beams=num_beams)
     from molora.generate import generate_texts
 
     texts = generate_texts(
@@ -78,6 +87,7 @@ def generate(
         num_beams=num_beams,
         seed=seed,
         chat_template=chat_template,  # type: ignore[arg-type]  # checked above
+        deciding=deciding,
     )
     for asked, text in zip(prompt, texts, strict=True):
         if len(prompt) > 1:
@@ -94,6 +104,7 @@ def chat(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    encoder: Encoder = None,
 ) -> None:
     """Talk with a trained mixture, a line at a time.
 
@@ -103,12 +114,13 @@ def chat(
     Example:
       molora chat --adapter runs/mola/adapter --temperature 0.7 --top-p 0.9
     """
-    loaded = _load(adapter, model, dtype)
+    loaded, deciding = _load(adapter, model, dtype, encoder)
     settings = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,
         "seed": seed,
+        "deciding": deciding,
     }
     beginning = [] if system is None else [{"role": "system", "content": system}]
     messages = list(beginning)
@@ -149,12 +161,19 @@ def _turn(
     return [*messages, {"role": "assistant", "content": answer}]
 
 
-def _load(adapter: Path, model: str | None, dtype: str) -> Loaded:
+def _load(
+    adapter: Path, model: str | None, dtype: str, encoder: str | None, *, num_beams: int = 1
+) -> tuple[Loaded, Deciding | None]:
     from transformers.utils import logging
 
+    from molora.cli.text_routing import text_router_of
     from molora.generate import load_for_generation
 
     check_no_run(adapter)
     # on a terminal the answer is the output, and a bar for every file is not
     logging.disable_progress_bar()
-    return load_for_generation(adapter, model=model, dtype=dtype)
+    router = text_router_of(adapter, encoder, num_beams=num_beams)
+    loaded = load_for_generation(adapter, model=model, dtype=dtype)
+    if router is None:
+        return loaded, None
+    return loaded, router.deciding(loaded.mixture, loaded.tokenizer)

@@ -77,6 +77,7 @@ def described(directory: Path, manifest: Manifest) -> Iterable[str]:
     """The lines that `molora inspect` prints."""
     from molora import io
     from molora.cli.experts import routing_lines, saved_table
+    from molora.cli.text_routing import text_router_lines
 
     shapes = {name: info.shape for name, info in manifest.tensors.items()}
     banks = [_with_stack(bank, manifest.mixture) for bank in banks_of(shapes)]
@@ -88,6 +89,7 @@ def described(directory: Path, manifest: Manifest) -> Iterable[str]:
     yield f"base     {manifest.base.name}"
     yield f"sites    {len(banks)} linears with experts, {len(routers)} routers"
     yield from routing_lines(manifest.mixture)
+    yield from text_router_lines(directory, manifest.mixture)
     for role, count in parameters_by_role(shapes).items():
         yield f"{role:<8} {count:,} parameters"
     for name, note in ((io.MANIFEST, "checked"), (manifest.tensors_file, "sha256 matches")):

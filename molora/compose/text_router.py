@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor
+from transformers import StoppingCriteriaList
 
+from molora.attach import Mixture
 from molora.compose import centroids, classifier
 from molora.compose.centroids import check_names, load_centroids
 from molora.compose.classifier import Classes, TextClassifier, TopPClasses, load_classifier
+from molora.compose.edit import imported_form
 from molora.compose.encoder import Encoder, EncoderIdentity, Keep
 from molora.compose.experts import MAX_EXPERTS
+from molora.compose.generation import gates_by_text
 from molora.compose.retrieval import Retriever, TopKMean, Weights
 from molora.config.base import Frozen
 from molora.errors import CheckpointError, ConfigError
@@ -113,6 +118,27 @@ class TextRouter:
             found = self.decides.centroids.ordered(names)
             return replace(self, decides=replace(self.decides, centroids=found))
         return replace(self, decides=self.decides.ordered(names))
+
+    def deciding(
+        self, mixture: Mixture, tokenizer: Any
+    ) -> Callable[[Sequence[str]], AbstractContextManager[StoppingCriteriaList]]:
+        """What `molora.generate.generate_texts` takes: the texts of each batch decide.
+
+        Args:
+            mixture: of this router's experts, in their order.
+            tokenizer: of its model.
+
+        Raises:
+            ConfigError: a mixture of other experts, or in another order.
+        """
+        if self.names != imported_form(mixture.config).names:
+            raise ConfigError(
+                "the text router has other experts than the mixture, or in another order. Use "
+                "router.ordered(names) with the mixture's."
+            )
+        return lambda texts: gates_by_text(
+            mixture, self.gates, texts, tokenizer=tokenizer, every=self.every
+        )
 
     def save(self, directory: str | Path) -> None:
         """Write `text_router.json`, and the centroids or the classifier; what was saved there
@@ -214,3 +240,22 @@ def load_text_router(directory: str | Path, encoder: Encoder) -> TextRouter:
             f"{manifest.stored_as}. {REMEDY}"
         )
     return router
+
+
+@dataclass(frozen=True)
+class _Known:
+    """An encoder of which no more is there than its identity."""
+
+    identity: EncoderIdentity
+
+    def encode(self, texts: Sequence[str], *, keep: Keep = "start") -> Tensor:
+        raise ConfigError(f"the encoder {self.identity.name} is not here.")
+
+
+def copy_text_router(source: str | Path, target: str | Path) -> None:
+    """Save the text router of `source` in `target` too; no encoder is needed.
+
+    Raises:
+        CheckpointError: damaged files, or a directory that cannot be written.
+    """
+    load_text_router(source, _Known(read_text_router(source).encoder)).save(target)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from molora.data import RowEncoder, padding_id
 from molora.errors import ConfigError, DataError
@@ -16,6 +17,9 @@ from molora.generate.load import Loaded
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A user's words, or the messages of a conversation up to the turn that is to be written."""
+Deciding = Callable[[Sequence[str]], AbstractContextManager[StoppingCriteriaList]]
+"""Texts of a batch → a context in which they decide, and what renews gates while it is written:
+`molora.compose.text_router.TextRouter.deciding`."""
 
 
 def generate_texts(
@@ -30,6 +34,7 @@ def generate_texts(
     chat_template: Literal["auto", "none"] = "auto",
     batch_size: int = 8,
     on_text: Callable[[str], None] | None = None,
+    deciding: Deciding | None = None,
 ) -> list[str]:
     """The continuation of every prompt, without the prompt and without the stop token.
 
@@ -39,6 +44,8 @@ def generate_texts(
 
     Args:
         on_text: gets the text piece by piece while it is written; with one prompt and no beams.
+        deciding: lets the prompts' texts decide, for a mixture whose router is "given". Of a
+            conversation all messages are one text.
 
     Other arguments: see :class:`Decoding`; `chat_template` as in :class:`molora.data.RowEncoder`.
 
@@ -70,12 +77,23 @@ def generate_texts(
     with evaluating(loaded.model), torch.random.fork_rng():
         torch.manual_seed(decoding.seed)
         for chunk in by_length(prompt_ids, decoding.batch_size):
-            written = _continue(
-                loaded, [prompt_ids[i] for i in chunk], decoding, stop_ids, stream=stream
-            )
+            texts_B = [text_of(prompts[i]) for i in chunk]
+            with nullcontext() if deciding is None else deciding(texts_B) as criteria:
+                written = _continue(
+                    *(loaded, [prompt_ids[i] for i in chunk], decoding, stop_ids),
+                    stream=stream,
+                    criteria=criteria,
+                )
             for i, ids in zip(chunk, written, strict=True):
                 texts[i] = loaded.tokenizer.decode(ids, skip_special_tokens=True)
     return texts
+
+
+def text_of(prompt: Prompt) -> str:
+    """What a text router reads of a prompt; of a conversation, message after message."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(str(message.get("content", "")) for message in prompt)
 
 
 def _prompt_ids(
@@ -112,6 +130,7 @@ def _continue(
     stop_ids: list[int],
     *,
     stream: TokenStream | None,
+    criteria: StoppingCriteriaList | None,
 ) -> list[list[int]]:
     """New token ids per prompt, up to the first stop token."""
     pad = padding_id(loaded.tokenizer)
@@ -132,7 +151,11 @@ def _continue(
         return_dict_in_generate=False,
     )
     ids_BS = loaded.model.generate(
-        input_ids_BS, attention_mask=mask_BS, generation_config=config, streamer=stream
+        input_ids_BS,
+        attention_mask=mask_BS,
+        generation_config=config,
+        streamer=stream,
+        stopping_criteria=criteria,
     )
     return [until_stop(row, stop_ids) for row in ids_BS[:, input_ids_BS.shape[1] :].tolist()]
 
