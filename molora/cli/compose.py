@@ -155,7 +155,8 @@ def compose(
       molora compose --base MODEL --expert math=DIR --expert code=DIR --out DIR router.top_k=2
       molora compose --from DIR --add law=DIR2 --drop math --out DIR3
       molora compose --from DIR --router linear --train data.jsonl --out DIR4 train.max_steps=200
-      molora compose --from DIR --router retriever --encoder DIR5 --samples math=FILE --out DIR6
+      molora compose --from DIR --router retriever --encoder ENC --samples math=F1 --samples code=F2
+      molora compose --from DIR --router lorahub --samples few.jsonl --out DIR5 search.budget=40
     """
     from molora.cli import composing, text_composing
     from molora.errors import ConfigError

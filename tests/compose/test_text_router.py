@@ -22,11 +22,13 @@ from molora.compose.retrieval import Retriever, SoftmaxWeights
 from molora.compose.text_router import (
     MANIFEST,
     TextRouter,
+    copy_text_router,
     has_text_router,
     load_text_router,
     read_text_router,
 )
-from molora.errors import CheckpointError, ConfigError
+from molora.errors import AttachError, CheckpointError, ConfigError
+from molora.generate import Loaded, generate_texts
 from molora.io import sealed
 
 SAMPLES = {
@@ -152,6 +154,40 @@ def test_generation_reads_the_saved_gates(
         unordered = model(**inputs, expert_gates=routers["retriever"].gates(prompt)).logits
     torch.testing.assert_close(found, expected)
     assert (found - unordered).abs().max() > 1e-2
+
+
+@KINDS
+def test_prompts_of_unequal_length_generate_in_batches_as_alone(
+    kind: str, routers: dict[str, TextRouter], tmp_path: Path
+) -> None:
+    for seed, name in enumerate(NAMES):
+        save_adapter(tmp_path / name, seed=seed + 1, target_modules=["q_proj", "down_proj"])
+    experts = molora.load_experts({name: tmp_path / name for name in NAMES})
+    model = chat_model().eval()
+    mixture = molora.compose(model, experts, router="given")
+    loaded = Loaded(model, chat_tokenizer(), mixture)
+    router = TextRouter(routers[kind].decides, 1)
+    options = {"max_new_tokens": 5, "deciding": router.deciding(mixture, loaded.tokenizer)}
+    together = generate_texts(loaded, TEXTS, batch_size=3, **options)
+    assert together == [generate_texts(loaded, [text], **options)[0] for text in TEXTS]
+    # not as with the gates of one text for all
+    with mixture.context(expert_gates=router.gates(TEXTS[:1])):
+        assert together != generate_texts(loaded, TEXTS, batch_size=3, max_new_tokens=5)
+    with pytest.raises(ConfigError, match="other experts than the mixture, or in another order"):
+        router.ordered(["law", "math", "code"]).deciding(mixture, loaded.tokenizer)
+    with pytest.raises(AttachError, match="gates come with the batch"):
+        generate_texts(loaded, TEXTS[:1], max_new_tokens=5)
+
+
+@KINDS
+def test_a_copy_needs_no_encoder(kind: str, routers: dict[str, TextRouter], tmp_path: Path) -> None:
+    routers[kind].save(tmp_path / "a")
+    copy_text_router(tmp_path / "a", tmp_path / "b")
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab"
+    )
+    assert first == second
+    assert len(first) == 3
 
 
 def edited(directory: Path, *, reseal: bool, **values: object) -> None:
