@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -31,17 +31,29 @@ from molora.compose.search import penalized, search
 
 SHOTS = 5
 """Validation rows of each task that LoraHub's search sees."""
-BUDGET = 40
-"""Weights that it tries: LoraHub's number."""
-GATE_STEPS, GATE_BATCH = 50, 4
-"""PHATGOOSE's training of each expert's gates; its authors take 100 steps of 1024 rows."""
+GATE_BATCH = 4
 MEAN_ROWS = 10
 """Rows whose mean input is an expert's vector, as in the code of 2405.11157."""
-ROUTER_ROWS = 64
-"""Training rows of each task that a learned router is trained on, once."""
 SCALES = (1.0, 2.0, 3.0, 5.0)
-TEMPERATURES = (0.25, 0.5, 1.0, 2.0)
-TOP_K: tuple[int | str, ...] = (1, 2, 3, "all")
+SETTINGS: tuple[tuple[int | str, float], ...] = (
+    *((k, 1.0) for k in (1, 2, 3, "all")),
+    *((k, 0.3) for k in (3, "all")),
+)
+"""Pairs of top_k and temperature."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long what is searched or trained may take."""
+
+    tried_weights: int = 40
+    """By LoraHub's search; its authors' number."""
+    gate_steps: int = 50
+    """PHATGOOSE's for each expert, of 4 rows; its authors take 100 of 1024."""
+    router_rows: int = 64
+    """Training rows of each task that a learned router sees, once."""
+    tried_settings: int | None = None
+    """Of those to choose from; None: all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +66,7 @@ class Bench:
         experts: the set, one per task, in the order of the suite's tasks.
         train, validation, test: rows of all tasks.
         encoder_directory: of a text encoder.
+        effort: what may be spent.
     """
 
     upper: UpperLayers
@@ -63,6 +76,7 @@ class Bench:
     validation: list[Example]
     test: list[Example]
     encoder_directory: Any
+    effort: Effort = Effort()
 
     @cached_property
     def encoder(self) -> TextEncoder:
@@ -102,7 +116,7 @@ class Entrant:
         options: further arguments of `molora.compose`.
         gates: for a router of kind "given": makes the gates of examples.
         learning_rate: trains the router.
-        grid: settings to choose from on validation rows, each a change of `router`.
+        grid: what to choose from on validation rows, each a change of `router`; or learning rates.
     """
 
     name: str
@@ -111,7 +125,13 @@ class Entrant:
     options: Mapping[str, Any] = field(default_factory=dict)
     gates: Gates | None = None
     learning_rate: float | None = None
-    grid: tuple[Mapping[str, Any], ...] = ()
+    grid: tuple[Mapping[str, Any] | float, ...] = ()
+
+    def changed(self, change: Mapping[str, Any] | float) -> Entrant:
+        """The entrant with one of the settings of its grid."""
+        if isinstance(change, float):
+            return replace(self, learning_rate=change)
+        return replace(self, router={**self.router, **change})
 
     @contextmanager
     def ready(self, bench: Bench) -> Iterator[Score]:
@@ -137,9 +157,20 @@ def train_router(bench: Bench, mixture: Any, learning_rate: float) -> None:
     parameters = mixture.trainable_parameters()["router"]
     rows = [e for name in bench.experts.names for e in bench.train if e.task == name]
     size = len(rows) // len(bench.experts.names)
-    mixed = [e for i, e in enumerate(rows) if i % size < ROUTER_ROWS]
+    mixed = [e for i, e in enumerate(rows) if i % size < bench.effort.router_rows]
+
+    def loss(part: list[int]) -> Tensor:
+        chosen = [mixed[i] for i in part]
+        batch = suite.collate(chosen)
+        labels_B = torch.tensor([bench.experts.names.index(e.task) for e in chosen])
+        with mixture.context(expert_labels=labels_B):  # of which most routers want to know nothing
+            output = bench.upper.model(**suite.arguments(batch), use_cache=False)
+        answers = suite.row_losses(output.logits.float(), batch.targets_BK).mean()
+        return answers if output.aux_loss is None else answers + output.aux_loss
+
+    torch.manual_seed(0)  # X-LoRA's classifier has dropout
     bench.upper.model.train()
-    fit(bench.upper, mixed, parameters, epochs=1, learning_rate=learning_rate, seed=0)
+    fit(loss, len(mixed), parameters, epochs=1, rate=learning_rate, seed=0)
     bench.upper.model.eval()
 
 
@@ -223,7 +254,9 @@ def gate_vectors(bench: Bench) -> Mapping[str, Any]:
         name: [suite.arguments(suite.collate(part), loss=True) for part in parts]
         for name, parts in _own_batches(bench, GATE_BATCH).items()
     }
-    vectors = train_gate_vectors(bench.upper.model, bench.experts, data, steps=GATE_STEPS)
+    vectors = train_gate_vectors(
+        bench.upper.model, bench.experts, data, steps=bench.effort.gate_steps
+    )
     return {"kind": "phatgoose", "vectors": vectors}
 
 
@@ -263,7 +296,7 @@ def lorahub(bench: Bench) -> Mapping[str, Any]:
 
             return float(suite.score(bench.upper, few, mixture, same).loss_N.mean())
 
-        found = search(penalized(loss), len(bench.experts.names), budget=BUDGET)
+        found = search(penalized(loss), len(bench.experts.names), budget=bench.effort.tried_weights)
     return {
         "kind": "fixed",
         "weights": dict(zip(bench.experts.names, found.best.weights, strict=True)),
@@ -280,9 +313,10 @@ def scaled(scale: float) -> Mapping[str, Any]:
 NOTHING, OWN, ROWS = "the experts alone", "prompts of each expert", "rows of each expert"
 FEW = f"{SHOTS} validation rows of each task"
 TRAINED, CHOSEN = "training rows of all tasks", "validation rows, for its settings"
-SEARCHED = tuple(
-    {"top_k": k, "temperature": t} for k in TOP_K for t in TEMPERATURES if k != 1 or t == 1.0
-)
+TOLD = "training rows and their tasks"
+# the states that layers begin with are large, those that linears read are normalised
+RATES, LOW_RATES = (3e-3, 1e-2), (3e-4, 1e-3)
+SEARCHED = tuple({"top_k": k, "temperature": t} for k, t in SETTINGS)
 GIVEN = {"kind": "given"}
 
 ENTRANTS: tuple[Entrant, ...] = (
@@ -301,9 +335,13 @@ ENTRANTS: tuple[Entrant, ...] = (
     Entrant("mean inputs", ROWS, mean_inputs),
     Entrant("PHATGOOSE", ROWS, gate_vectors),
     Entrant("LoraHub", FEW, lorahub),
-    Entrant("MeteoRA", TRAINED, "meteora", learning_rate=1e-2),
-    Entrant("hard top-1", TRAINED, "hard_top1", learning_rate=1e-2),
-    Entrant("X-LoRA", TRAINED, "xlora", learning_rate=1e-3),
+    Entrant("MeteoRA", TRAINED, "meteora", grid=RATES),
+    Entrant("MeteoRA, told the tasks", TOLD, {"kind": "meteora", "label_loss": 1.0}, grid=RATES),
+    Entrant("MoLE", TRAINED, "mole", grid=RATES),
+    Entrant("MoA", TOLD, "moa", grid=LOW_RATES),
+    Entrant("LoRA-Flow", TRAINED, "lora_flow", grid=LOW_RATES),
+    Entrant("hard top-1", TRAINED, "hard_top1", grid=LOW_RATES),
+    Entrant("X-LoRA", TRAINED, "xlora", grid=(1e-3, 3e-3)),
     Entrant("uniform, scale chosen", CHOSEN, {"kind": "fixed"}, grid=tuple(map(scaled, SCALES))),
     Entrant("Arrow, settings chosen", CHOSEN, {"kind": "arrow"}, grid=SEARCHED),
     Entrant(

@@ -19,11 +19,13 @@ from torch import Tensor
 
 import molora
 from examples.compose import suite
-from examples.compose.entrants import ENTRANTS, Bench, Entrant
+from examples.compose.entrants import ENTRANTS, Bench, Effort, Entrant
 from examples.compose.suite import Scores
 from examples.compose.train_experts import EXPERTS, OUTPUT, load
 
 RESAMPLES = 10_000
+SAME = 1e-3
+"""Losses of runs on one machine differ by less."""
 REFERENCE = "uniform"
 SINGLE = "best expert alone"
 NONE = "–"
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--encoder", type=Path, help="directory of another text encoder")
     parser.add_argument("--experts", type=Path, default=OUTPUT)
     parser.add_argument("--output", type=Path, default=Path("runs/compose/results.json"))
-    parser.add_argument("--only", nargs="*", help="entrants, beside those that others are held to")
+    parser.add_argument("--only", nargs="*", help="measure these; keep the other results")
     args = parser.parse_args(arguments)
     started = time.monotonic()
     bench = make_bench(args)
@@ -46,12 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found[entrant.name] = measure(bench, entrant)
         result = found[entrant.name]
         print(
-            f"{entrant.name}: {result['test'].loss_N.mean():.3f} {result['chosen'] or ''} "
+            f"{entrant.name}: {result['test'].loss_N.mean():.3f} {result['tried'] or ''} "
             f"({time.monotonic() - begun:.0f} s)",
             flush=True,
         )
     results = summary(bench, found)
     results["minutes"] = round((time.monotonic() - started) / 60, 1)
+    if args.only is not None and args.output.is_file():
+        results = merged(json.loads(args.output.read_text("utf-8")), results)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
     print("\n".join(["", *tables(results)]))
@@ -63,6 +67,22 @@ def wanted(only: Sequence[str] | None) -> list[Entrant]:
         return list(ENTRANTS)
     names = {*only, REFERENCE, *(e.name for e in ENTRANTS if e.name.startswith("expert "))}
     return [entrant for entrant in ENTRANTS if entrant.name in names]
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Old results with new ones in their places, if both have the same to be compared with."""
+    for key in ("model", "rows", "best_single"):
+        if old[key] != new[key]:
+            raise SystemExit(f"{key} was {old[key]} and is {new[key]}: measure all entrants again")
+    both = {**old["entrants"], **new["entrants"]}
+    for name in (REFERENCE, new["best_single"]):
+        losses = [of["entrants"][name]["loss"] for of in (old, new)]
+        if abs(losses[0] - losses[1]) > SAME:
+            raise SystemExit(f"{name} had the loss {losses[0]}, now {losses[1]}: measure all again")
+        both[name] = old["entrants"][name]
+    ordered = {e.name: both[e.name] for e in ENTRANTS if e.name in both}
+    minutes = round(old["minutes"] + new["minutes"], 1)
+    return {**old, "minutes": minutes, "entrants": ordered}
 
 
 def make_bench(args: argparse.Namespace) -> Bench:
@@ -79,7 +99,8 @@ def make_bench(args: argparse.Namespace) -> Bench:
         name: suite.load_examples(upper, tokenizer, name, rows.get(name))
         for name in ("train", "validation", "test")
     }
-    return Bench(upper, tokenizer, experts, encoder_directory=encoder, **split)
+    effort = Effort(6, 2, 8, 2) if args.fast else Effort()
+    return Bench(upper, tokenizer, experts, encoder_directory=encoder, effort=effort, **split)
 
 
 def measure(bench: Bench, entrant: Entrant) -> dict[str, Any]:
@@ -87,22 +108,18 @@ def measure(bench: Bench, entrant: Entrant) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # experts name their base by its directory
         tried = []
-        for change in entrant.grid:
-            changed = Entrant(entrant.name, entrant.sees, {**entrant.router, **change})
-            with changed.ready(bench) as scored:
-                loss = float(scored(bench.validation).loss_N.mean())
-            tried.append((loss, change))
-        if tried:
-            loss, chosen = min(tried, key=lambda pair: pair[0])
-            entrant = Entrant(entrant.name, entrant.sees, {**entrant.router, **chosen})
-        with entrant.ready(bench) as scored:
+        for change in entrant.grid[: bench.effort.tried_settings]:
+            with entrant.changed(change).ready(bench) as scored:
+                tried.append((float(scored(bench.validation).loss_N.mean()), change))
+        chosen = min(tried, key=lambda pair: pair[0])[1] if tried else None
+        with (entrant if chosen is None else entrant.changed(chosen)).ready(bench) as scored:
             validation = scored(bench.validation) if entrant.name.startswith("expert ") else None
             test = scored(bench.test)
     return {
         "sees": entrant.sees,
         "test": test,
         "validation": validation,
-        "chosen": tried and chosen,
+        "chosen": chosen,
         "tried": [[round(loss, 4), change] for loss, change in tried],
     }
 

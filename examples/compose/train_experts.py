@@ -10,11 +10,12 @@ import argparse
 import random
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from examples.compose import suite
 from examples.compose.suite import Example, UpperLayers
@@ -93,7 +94,12 @@ def train_expert(
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     started = time.monotonic()
     adapted.train()
-    loss = fit(upper, examples, parameters, epochs=EPOCHS, learning_rate=LEARNING_RATE, seed=seed)
+
+    def answers(part: list[int]) -> Tensor:
+        batch = suite.collate([examples[i] for i in part])
+        return suite.row_losses(upper.logits(batch), batch.targets_BK).mean()
+
+    loss = fit(answers, len(examples), parameters, epochs=EPOCHS, rate=LEARNING_RATE, seed=seed)
     adapted.eval()
     directory.parent.mkdir(parents=True, exist_ok=True)
     adapted.save_pretrained(str(directory))
@@ -104,29 +110,34 @@ def train_expert(
 
 
 def fit(
-    upper: UpperLayers,
-    examples: Sequence[Example],
+    loss_of: Callable[[list[int]], Tensor],
+    examples: int,
     parameters: Sequence[torch.nn.Parameter],
     *,
     epochs: int,
-    learning_rate: float,
+    rate: float,
     seed: int,
 ) -> float:
-    """AdamW with a linear decay; returns the mean loss of the last ten steps."""
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    """AdamW with a linear decay; returns the mean loss of the last ten steps.
+
+    Args:
+        loss_of: numbers of the examples of a step → what is to be less.
+        examples: how many there are.
+        parameters: what is trained.
+        rate: learning rate after three steps.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     drawn = random.Random(seed)
     steps = [
-        part
-        for _ in range(epochs)
-        for order in [drawn.sample(range(len(examples)), len(examples))]
-        for part in (order[start : start + BATCH] for start in range(0, len(order), BATCH))
+        order[start : start + BATCH]
+        for order in (drawn.sample(range(examples), examples) for _ in range(epochs))
+        for start in range(0, examples, BATCH)
     ]
     losses = []
     for number, part in enumerate(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min((number + 1) / 3, 1 - number / len(steps))
-        batch = suite.collate([examples[i] for i in part])
-        loss = suite.row_losses(upper.logits(batch), batch.targets_BK).mean()
+            group["lr"] = rate * min((number + 1) / 3, 1 - number / len(steps))
+        loss = loss_of(part)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
