@@ -14,11 +14,11 @@ from transformers import StoppingCriteriaList
 
 from molora.attach import Mixture
 from molora.compose import centroids, classifier
-from molora.compose.centroids import check_names, load_centroids
+from molora.compose.centroids import load_centroids
 from molora.compose.classifier import Classes, TextClassifier, TopPClasses, load_classifier
 from molora.compose.edit import imported_form
 from molora.compose.encoder import Encoder, EncoderIdentity, Keep
-from molora.compose.experts import MAX_EXPERTS
+from molora.compose.experts import MAX_EXPERTS, check_names
 from molora.compose.generation import gates_by_text
 from molora.compose.retrieval import Retriever, TopKMean, Weights
 from molora.config.base import Frozen
@@ -186,12 +186,18 @@ def has_text_router(directory: str | Path) -> bool:
 
 
 def read_text_router(directory: str | Path) -> TextRouterManifest:
-    """What `TextRouter.save` wrote down, checked; no encoder is needed.
+    """What `TextRouter.save` wrote down, with every file of it checked; no encoder is needed.
 
     Raises:
         CheckpointError: missing, damaged or changed files; or centroids or a classifier that were
             not saved with it.
     """
+    found = _manifest(directory)
+    load_text_router(directory, _Known(found.encoder))
+    return found
+
+
+def _manifest(directory: str | Path) -> TextRouterManifest:
     place = Path(directory)
     parts = f"{MANIFEST} and the files of what decides"
     path = contained(place, MANIFEST, what="a text router", parts=parts)
@@ -224,7 +230,7 @@ def load_text_router(directory: str | Path, encoder: Encoder) -> TextRouter:
         CheckpointError: missing, damaged or changed files.
         ConfigError: another encoder.
     """
-    manifest = read_text_router(directory)
+    manifest = _manifest(directory)
     settings = manifest.decides
     found: Retriever | TextClassifier
     if isinstance(settings, RetrieverSettings):
@@ -258,4 +264,4 @@ def copy_text_router(source: str | Path, target: str | Path) -> None:
     Raises:
         CheckpointError: damaged files, or a directory that cannot be written.
     """
-    load_text_router(source, _Known(read_text_router(source).encoder)).save(target)
+    load_text_router(source, _Known(_manifest(source).encoder)).save(target)

@@ -27,7 +27,7 @@ from molora.compose.text_router import (
     load_text_router,
     read_text_router,
 )
-from molora.errors import AttachError, CheckpointError, ConfigError
+from molora.errors import AttachError, CheckpointError, ConfigError, MoLoRAError
 from molora.generate import Loaded, generate_texts
 from molora.io import sealed
 
@@ -249,9 +249,11 @@ def test_a_damaged_text_router_is_refused(
     place = tmp_path / "mixture"
     routers["retriever"].save(place)
     load_text_router(place, encoder)
+    read_text_router(place)
     damage(place)
-    with pytest.raises(CheckpointError, match=message):
-        load_text_router(place, encoder)
+    for read in (lambda: load_text_router(place, encoder), lambda: read_text_router(place)):
+        with pytest.raises(CheckpointError, match=message):
+            read()
 
 
 def test_another_encoders_name_in_the_description_is_noticed(
@@ -313,3 +315,18 @@ def test_a_link_in_the_place_of_the_description_is_not_written_through(
         routers["retriever"].save(place)
     assert elsewhere.read_text() == "mine"
     assert len(list(place.iterdir())) == 1
+
+
+def test_changed_bytes_are_read_as_they_were_or_not_at_all(
+    routers: dict[str, TextRouter], tmp_path: Path
+) -> None:
+    routers["classifier"].save(tmp_path)
+    whole, path = read_text_router(tmp_path), tmp_path / MANIFEST
+    data, refused = path.read_bytes(), 0
+    for place in range(0, len(data), 5):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        try:
+            assert read_text_router(tmp_path) == whole
+        except MoLoRAError:
+            refused += 1
+    assert refused > len(data) / 10
