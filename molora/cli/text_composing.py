@@ -234,7 +234,7 @@ def save(mixture: Mixture, router: TextRouter | None, source: Path | None, out: 
     names = imported_form(mixture.config).names
     mixture.save(out)
     if router is not None:
-        router.ordered(names).save(out)
+        router.save(out)
     elif source is not None and is_given(mixture.config) and has_text_router(source):
         if source.resolve() != out.resolve():
             copy_text_router(source, out)

@@ -265,6 +265,7 @@ def test_lorahub_finds_weights_by_few_rows(
     found = package.load(AutoModelForCausalLM.from_pretrained(given[1]), tmp_path / "out")
     router = found.config.groups[0].router
     assert (found.config.method, router.kind) == ("fixed", "fixed")
+    assert found.config.groups[0].expert.missing == "zero"  # as while it was searched
     assert [f"{weight:.4f}" for weight in router.weights] == [printed[name] for name in SAMPLES]
     # what was found on gates is what the saved mixture does, and better than the base alone
     loss = loss_of(tmp_path / "out", rows)
