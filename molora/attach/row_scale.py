@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -35,13 +38,19 @@ def base_weight(linear: nn.Module) -> Tensor:
     first = next(linear.parameters())
     dtype = first.dtype if first.is_floating_point() else torch.float32
     unit_DD = torch.eye(in_features, dtype=dtype, device=first.device)
-    # added and taken off again, a bias would leave its rounding in low precision
+    with bias_at_zero(linear):
+        y_DF: Tensor = linear(unit_DD)
+    return y_DF.float().T
+
+
+@contextmanager
+def bias_at_zero(linear: nn.Module) -> Iterator[None]:
+    """Inside, the linear's bias is 0: added and taken off again, it would leave its rounding."""
     bias = linear._parameters.get("bias")
     if bias is not None:
         linear._parameters["bias"] = nn.Parameter(torch.zeros_like(bias), requires_grad=False)
     try:
-        y_DF: Tensor = linear(unit_DD)
+        yield
     finally:
         if bias is not None:
             linear._parameters["bias"] = bias
-    return y_DF.float().T

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from molora.compose import stored
 from molora.compose.encoder import Encoder, EncoderIdentity, Keep
-from molora.compose.experts import MAX_EXPERTS, NAME
+from molora.compose.experts import Names, check_names
 from molora.compose.stored import TensorsFile
 from molora.config.base import Frozen, unknown_name
 from molora.errors import CheckpointError, ConfigError, DataError
@@ -28,7 +28,7 @@ class CentroidsManifest(Frozen):
 
     format_version: int = Field(ge=1, le=FORMAT_VERSION)
     """Version of this format."""
-    names: tuple[str, ...] = Field(min_length=1, max_length=MAX_EXPERTS)
+    names: Names
     """The experts, one row each."""
     samples: tuple[PositiveInt, ...]
     """Texts that each expert's centroid was made from."""
@@ -38,12 +38,6 @@ class CentroidsManifest(Frozen):
     """The encoder."""
     file: TensorsFile
     """The tensors' file."""
-
-    @field_validator("names")
-    @classmethod
-    def _are_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        check_names(names)
-        return names
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,22 +183,6 @@ def load_centroids(directory: str | Path) -> Centroids:
     if bool((vectors_ED.norm(dim=-1) < MIN_LENGTH).any()):
         raise CheckpointError(f"{where} has a centroid of length 0. Make it again.")
     return Centroids(found.names, vectors_ED, found.samples, found.instruction, found.encoder)
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Raise ConfigError unless these are names of different experts, at least one."""
-    if not 1 <= len(names) <= MAX_EXPERTS:
-        raise ConfigError(f"{len(names)} experts were given; give 1 to {MAX_EXPERTS}.")
-    seen: set[str] = set()
-    for name in names:
-        if not NAME.fullmatch(name):
-            raise ConfigError(
-                f"An expert cannot be called {name[:80]!a}. Give up to 64 letters, digits, '_' and "
-                "'-', the first a letter or digit."
-            )
-        if name in seen:
-            raise ConfigError(f"The expert {name!r} is there twice. Leave one out.")
-        seen.add(name)
 
 
 def check_encoder(made_with: EncoderIdentity, given: EncoderIdentity) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.nn import functional
 
 from molora.compose import stored
-from molora.compose.centroids import check_encoder, check_names
+from molora.compose.centroids import check_encoder
 from molora.compose.encoder import Encoder, EncoderIdentity, Keep
-from molora.compose.experts import MAX_EXPERTS
+from molora.compose.experts import Names, check_names
 from molora.compose.retrieval import fewest_that_exceed
 from molora.compose.stored import TensorsFile
 from molora.config.base import Frozen, unknown_name
@@ -64,7 +64,7 @@ class ClassifierManifest(Frozen):
 
     format_version: int = Field(ge=1, le=FORMAT_VERSION)
     """Version of this format."""
-    names: tuple[str, ...] = Field(min_length=1, max_length=MAX_EXPERTS)
+    names: Names
     """The experts, one class each."""
     keep: Keep
     """The part of a text too long for the encoder that counts."""
@@ -72,12 +72,6 @@ class ClassifierManifest(Frozen):
     """The encoder."""
     file: TensorsFile
     """The tensors' file."""
-
-    @field_validator("names")
-    @classmethod
-    def _are_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        check_names(names)
-        return names
 
 
 @dataclass(frozen=True, eq=False)

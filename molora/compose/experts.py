@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
+from typing import Annotated
 
+from pydantic import AfterValidator
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -28,6 +30,31 @@ MANY = 16
 """So many experts take long enough to show how many are read."""
 OUTLIER = 10.0
 """An update that is so many times as large as the median of its module is pointed out."""
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise ConfigError unless these are names of different experts, at least one."""
+    if not 1 <= len(names) <= MAX_EXPERTS:
+        raise ConfigError(f"{len(names)} experts were given; give 1 to {MAX_EXPERTS}.")
+    seen: set[str] = set()
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise ConfigError(
+                f"An expert cannot be called {name[:80]!a}. Give up to 64 letters, digits, '_' and "
+                "'-', the first a letter or digit."
+            )
+        if name in seen:
+            raise ConfigError(f"The expert {name!r} is there twice. Leave one out.")
+        seen.add(name)
+
+
+def _checked_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    check_names(names)
+    return names
+
+
+Names = Annotated[tuple[str, ...], AfterValidator(_checked_names)]
+"""Names of different experts, in a file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,14 +124,7 @@ def load_experts(
         CheckpointError: files that are missing, damaged, no LoRA, or for different bases.
     """
     places = experts if isinstance(experts, Mapping) else _within(Path(experts))
-    if not 1 <= len(places) <= MAX_EXPERTS:
-        raise ConfigError(f"{len(places)} experts were given; give 1 to {MAX_EXPERTS}.")
-    for name in places:
-        if not NAME.fullmatch(name):
-            raise ConfigError(
-                f"An expert cannot be called {name[:80]!a}. Give up to 64 letters, digits, '_' and "
-                "'-', the first a letter or digit."
-            )
+    check_names(list(places))
     before = {} if initial is None else initial
     unknown = sorted({*before} - {*places})
     if unknown:

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from molora import io
 from molora.attach import Mixture, load
 from molora.attach.families import in_out_features
+from molora.attach.row_scale import bias_at_zero
 from molora.compose.edit import experts_of, imported_form, saved_experts
 from molora.compose.experts import FrozenExperts
 from molora.compose.merging import Merged, merge
@@ -223,14 +224,8 @@ def merged_weight(linear: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
     in_features, _ = in_out_features(linear)
     bias = linear._parameters.get("bias")
     x_ND = torch.eye(in_features + 1, in_features)  # the last row is 0
-    if bias is not None:
-        # added and taken off again, it would leave its rounding
-        linear._parameters["bias"] = nn.Parameter(torch.zeros_like(bias), requires_grad=False)
-    try:
+    with bias_at_zero(linear):
         y_NF: Tensor = linear(x_ND)
-    finally:
-        if bias is not None:
-            linear._parameters["bias"] = bias
     added_F = y_NF[-1]
     if not bool(added_F.any()):
         return y_NF[:-1].T.contiguous(), None
