@@ -26,9 +26,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _experts(root: Path, names: str = "ab", **settings: object) -> FrozenExperts:
     for name in "abcd":
-        edit_config(
-            root / name, base_model_name_or_path=None, revision=None, lora_alpha=5
-        )
+        edit_config(root / name, base_model_name_or_path=None, revision=None, lora_alpha=5)
     edit_config(root / names[0], **settings)
     return molora.load_experts({name: root / name for name in names})
 
