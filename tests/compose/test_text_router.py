@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from chat_models import chat_model, chat_tokenizer
 from peft_adapters import save_adapter
 from tiny_encoders import save_encoder
+from transformers import StoppingCriteriaList
 
 import molora
 from molora.compose.centroids import build_centroids
@@ -168,15 +171,32 @@ def test_prompts_of_unequal_length_generate_in_batches_as_alone(
     loaded = Loaded(model, chat_tokenizer(), mixture)
     router = TextRouter(routers[kind].decides, 1)
     options = {"max_new_tokens": 5, "deciding": router.deciding(mixture, loaded.tokenizer)}
-    together = generate_texts(loaded, TEXTS, batch_size=3, **options)
-    assert together == [generate_texts(loaded, [text], **options)[0] for text in TEXTS]
+    texts = TEXTS[::-1]  # not by length, as batches are
+    together = generate_texts(loaded, texts, batch_size=3, **options)
+    assert together == [generate_texts(loaded, [text], **options)[0] for text in texts]
     # not as with the gates of one text for all
-    with mixture.context(expert_gates=router.gates(TEXTS[:1])):
-        assert together != generate_texts(loaded, TEXTS, batch_size=3, max_new_tokens=5)
+    with mixture.context(expert_gates=router.gates(texts[:1])):
+        assert together != generate_texts(loaded, texts, batch_size=3, max_new_tokens=5)
     with pytest.raises(ConfigError, match="other experts than the mixture, or in another order"):
         router.ordered(["law", "math", "code"]).deciding(mixture, loaded.tokenizer)
     with pytest.raises(AttachError, match="gates come with the batch"):
         generate_texts(loaded, TEXTS[:1], max_new_tokens=5)
+
+
+def test_of_a_conversation_every_message_is_read(tmp_path: Path) -> None:
+    save_adapter(tmp_path / "a")
+    model, seen = chat_model().eval(), []
+    mixture = molora.compose(model, molora.load_experts({"a": tmp_path / "a"}), router="uniform")
+
+    def deciding(texts: Sequence[str]) -> AbstractContextManager[Any]:
+        seen.append(list(texts))
+        return nullcontext(StoppingCriteriaList())
+
+    said = [("system", "Be brief."), ("user", "1 + 1"), ("assistant", "2"), ("user", "+ 1")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    loaded = Loaded(model, chat_tokenizer(), mixture)
+    generate_texts(loaded, [messages, "a text"], max_new_tokens=1, deciding=deciding)
+    assert seen == [["a text", "Be brief.\n1 + 1\n2\n+ 1"]]
 
 
 @KINDS
