@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
@@ -18,7 +18,7 @@ from molora.compose.centroids import load_centroids
 from molora.compose.classifier import Classes, TextClassifier, TopPClasses, load_classifier
 from molora.compose.edit import imported_form
 from molora.compose.encoder import Encoder, EncoderIdentity, Keep
-from molora.compose.experts import MAX_EXPERTS, check_names
+from molora.compose.experts import Names
 from molora.compose.generation import gates_by_text
 from molora.compose.retrieval import Retriever, TopKMean, Weights
 from molora.config.base import Frozen
@@ -58,18 +58,12 @@ class TextRouterManifest(Frozen):
     """What decides, and how."""
     every: PositiveInt | None
     """Tokens for which gates stay while text is written; None: those of the prompt stay."""
-    names: tuple[str, ...] = Field(min_length=1, max_length=MAX_EXPERTS)
+    names: Names
     """The experts."""
     encoder: EncoderIdentity
     """The encoder, of which nothing else is stored."""
     part: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Hash of `centroids.json` or `classifier.json`."""
-
-    @field_validator("names")
-    @classmethod
-    def _are_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        check_names(names)
-        return names
 
     @property
     def stored_as(self) -> str:

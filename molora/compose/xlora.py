@@ -19,12 +19,12 @@ from molora.attach import Mixture
 from molora.compose.compose import compose
 from molora.compose.edit import experts_of, imported_form
 from molora.compose.experts import FrozenExperts, load_experts
-from molora.config import Dense, Group, Softmax, TopK, XLoRA
+from molora.config import Dense, Softmax, TopK, XLoRA
 from molora.errors import AttachError, CheckpointError, ConfigError
 from molora.io.formats.xlora import PREFIX, XLoraSettings, read_xlora
 from molora.io.formats.xlora import XLora as ReadXLora
 from molora.io.peft_files import CONFIG, TENSORS
-from molora.io.peft_write import check_free, write_adapter
+from molora.io.peft_write import check_free, put_directory, write_adapter
 from molora.routing.classifier import HiddenStateClassifier
 
 
@@ -127,6 +127,32 @@ def export_xlora(mixture: Mixture, directory: str | Path) -> None:
         CheckpointError: a directory that is in use or cannot be written.
     """
     directory = Path(directory)
+    _check_exportable(mixture)
+    check_free(directory)
+    experts = experts_of(mixture).adapters.values()
+    places = {str(number): directory.resolve() / str(number) for number in range(len(experts))}
+    settings = json.dumps(_settings(mixture, places), indent=2)
+    prefix = PREFIX.removesuffix("layers.")
+    tensors = {
+        f"{prefix}{name}": value.detach().cpu().contiguous().clone()
+        for name, value in mixture.built.routers["router"].state_dict().items()
+        if name.startswith("layers.")
+    }
+
+    def write(partial: Path) -> None:
+        for number, adapter in enumerate(experts):
+            write_adapter(partial / str(number), adapter.modules, base=adapter.base)
+        save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
+        (partial / CONFIG).write_text(settings + "\n")
+
+    try:
+        put_directory(directory, write)
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be written: {error}.") from None
+
+
+def _check_exportable(mixture: Mixture) -> None:
+    """Raise ConfigError for what package peft's X-LoRA cannot do."""
     group = mixture.config.groups[0]
     form = imported_form(mixture.config)
     if not isinstance(group.router, XLoRA):
@@ -154,33 +180,14 @@ def export_xlora(mixture: Mixture, directory: str | Path) -> None:
             f"missing={form.missing!r}: package peft loses the gates of experts that lack a "
             "linear, as missing='zero' does. Compose with that."
         )
-    check_free(directory)
-    experts = experts_of(mixture)
-    places = {}
-    try:
-        for number, adapter in enumerate(experts.adapters.values()):
-            places[str(number)] = directory / str(number)
-            write_adapter(places[str(number)], adapter.modules, base=adapter.base)
-        state = mixture.built.routers["router"].state_dict()
-        prefix = PREFIX.removesuffix("layers.")
-        tensors = {
-            f"{prefix}{name}": value.detach().cpu().contiguous().clone()
-            for name, value in state.items()
-            if name.startswith("layers.")
-        }
-        save_file(tensors, directory / TENSORS, metadata={"format": "pt"})
-        # last: without it the directory is no X-LoRA
-        text = json.dumps(_settings(mixture, group, places), indent=2)
-        (directory / CONFIG).write_text(text + "\n")
-    except OSError as error:
-        raise CheckpointError(f"{directory} cannot be written: {error}.") from None
+    if not isinstance(group.select, (Dense, TopK)):
+        raise ConfigError(f"package peft's X-LoRA has no selector of kind {group.select.kind!r}.")
 
 
-def _settings(mixture: Mixture, group: Group, places: Mapping[str, Path]) -> dict[str, Any]:
+def _settings(mixture: Mixture, places: Mapping[str, Path]) -> dict[str, Any]:
+    group = mixture.config.groups[0]
     router, select = group.router, group.select
     assert isinstance(router, XLoRA)
-    if not isinstance(select, (Dense, TopK)):
-        raise ConfigError(f"package peft's X-LoRA has no selector of kind {select.kind!r}.")
     top_k = mixture.plan.placements[0].top_k
     classifier = mixture.built.routers["router"]
     assert isinstance(classifier, HiddenStateClassifier)
@@ -192,7 +199,7 @@ def _settings(mixture: Mixture, group: Group, places: Mapping[str, Path]) -> dic
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": bases.pop() if len(bases) == 1 else None,
         "inference_mode": True,
-        "adapters": {name: str(path.resolve()) for name, path in places.items()},
+        "adapters": {name: str(path) for name, path in places.items()},
         "hidden_size": first.in_features,
         "layerwise_scalings": router.layerwise,
         "xlora_depth": router.depth,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,17 @@ def test_a_directory_in_use_is_left_alone(directories: dict[str, Path], tmp_path
     with pytest.raises(CheckpointError, match="is not empty"):
         export_xlora(mixture, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_an_export_that_fails_leaves_nothing(
+    directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, mixture = composed(directories)
+
+    def full(*args: object, **options: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(import_module("molora.compose.xlora"), "save_file", full)
+    with pytest.raises(CheckpointError, match="cannot be written: no space left"):
+        export_xlora(mixture, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
