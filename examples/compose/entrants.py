@@ -315,7 +315,7 @@ FEW = f"{SHOTS} validation rows of each task"
 TRAINED, CHOSEN = "training rows of all tasks", "validation rows, for its settings"
 TOLD = "training rows and their tasks"
 # the states that layers begin with are large, those that linears read are normalised
-RATES, LOW_RATES = (3e-3, 1e-2), (3e-4, 1e-3)
+RATES, LOW_RATES = (3e-3, 1e-2), (1e-3, 3e-3)
 SEARCHED = tuple({"top_k": k, "temperature": t} for k, t in SETTINGS)
 GIVEN = {"kind": "given"}
 
@@ -340,8 +340,8 @@ ENTRANTS: tuple[Entrant, ...] = (
     Entrant("MoLE", TRAINED, "mole", grid=RATES),
     Entrant("MoA", TOLD, "moa", grid=LOW_RATES),
     Entrant("LoRA-Flow", TRAINED, "lora_flow", grid=LOW_RATES),
-    Entrant("hard top-1", TRAINED, "hard_top1", grid=LOW_RATES),
-    Entrant("X-LoRA", TRAINED, "xlora", grid=(1e-3, 3e-3)),
+    Entrant("hard top-1", TRAINED, "hard_top1", grid=(3e-4, 1e-3)),
+    Entrant("X-LoRA", TRAINED, "xlora", grid=LOW_RATES),
     Entrant("uniform, scale chosen", CHOSEN, {"kind": "fixed"}, grid=tuple(map(scaled, SCALES))),
     Entrant("Arrow, settings chosen", CHOSEN, {"kind": "arrow"}, grid=SEARCHED),
     Entrant(

@@ -40,7 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/compose/results.json"))
     parser.add_argument("--only", nargs="*", help="measure these; keep the other results")
     args = parser.parse_args(arguments)
-    started = time.monotonic()
     bench = make_bench(args)
     found = {}
     for entrant in wanted(args.only):
@@ -53,7 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             flush=True,
         )
     results = summary(bench, found)
-    results["minutes"] = round((time.monotonic() - started) / 60, 1)
     if args.only is not None and args.output.is_file():
         results = merged(json.loads(args.output.read_text("utf-8")), results)
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -81,8 +79,7 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
             raise SystemExit(f"{name} had the loss {losses[0]}, now {losses[1]}: measure all again")
         both[name] = old["entrants"][name]
     ordered = {e.name: both[e.name] for e in ENTRANTS if e.name in both}
-    minutes = round(old["minutes"] + new["minutes"], 1)
-    return {**old, "minutes": minutes, "entrants": ordered}
+    return {**old, "entrants": ordered}
 
 
 def make_bench(args: argparse.Namespace) -> Bench:

@@ -43,6 +43,12 @@ def upper() -> Any:
     return module("suite").UpperLayers(model, 2)
 
 
+@pytest.fixture
+def results() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((FOLDER / "results.json").read_text("utf-8"))
+    return found
+
+
 MOLA = {
     "method": "mola",
     "groups": [
@@ -197,18 +203,35 @@ def test_results_are_joined_only_with_like_ones() -> None:
     evaluate = module("evaluate")
     entrants = {"uniform": {"loss": 1.0}, "LoraHub": {"loss": 2.0}, "expert language alone": {}}
     entrants["expert language alone"]["loss"] = 3.0
-    old = {"model": "m", "rows": {"test": 5}, "best_single": "expert language alone", "minutes": 1}
+    old = {"model": "m", "rows": {"test": 5}, "best_single": "expert language alone"}
     new = {**old, "entrants": {**entrants, "Arrow": {"loss": 0.5}, "LoraHub": {"loss": 1.5}}}
     old["entrants"] = entrants
     both = evaluate.merged(old, new)
     assert list(both["entrants"]) == ["expert language alone", "uniform", "Arrow", "LoraHub"]
     assert both["entrants"]["LoraHub"] == {"loss": 1.5}
-    assert both["minutes"] == 2
     with pytest.raises(SystemExit, match="rows"):
         evaluate.merged(old, {**new, "rows": {"test": 6}})
     changed = {**new["entrants"], "uniform": {"loss": 1.01}}
     with pytest.raises(SystemExit, match=r"uniform had the loss 1\.0, now 1\.01"):
         evaluate.merged(old, {**new, "entrants": changed})
+
+
+def test_readmes_tables_are_those_of_the_results(results: dict[str, Any]) -> None:
+    page = (FOLDER / "README.md").read_text("utf-8")
+    tables = module("evaluate").tables(results)
+    blocks = "\n".join(tables).split("\n\n")
+    assert len(blocks) == 2
+    assert all(block.strip() in page for block in blocks)
+    assert list(results["entrants"]) == names()
+    changed = {**results, "entrants": {**results["entrants"]}}
+    changed["entrants"]["uniform"] = {**changed["entrants"]["uniform"], "loss": 0.0}
+    assert "\n".join(module("evaluate").tables(changed)).split("\n\n")[0].strip() not in page
+
+
+@pytest.mark.parametrize("name", ["Arrow", "centroids, mean of 3", "centroids, per token"])
+def test_arrow_and_centroids_beat_uniform_mixing(results: dict[str, Any], name: str) -> None:
+    middle, low, high = results["entrants"][name]["minus_uniform"]
+    assert low < middle < high < 0
 
 
 def test_the_scripts_run_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
