@@ -96,7 +96,7 @@ def make_bench(args: argparse.Namespace) -> Bench:
         name: suite.load_examples(upper, tokenizer, name, rows.get(name))
         for name in ("train", "validation", "test")
     }
-    effort = Effort(6, 2, 8, 2) if args.fast else Effort()
+    effort = Effort(6, 2, 4, 2) if args.fast else Effort()
     return Bench(upper, tokenizer, experts, encoder_directory=encoder, effort=effort, **split)
 
 
