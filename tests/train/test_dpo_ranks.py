@@ -59,9 +59,9 @@ def adapter(output: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "engine",
     [
-        "zero3",
+        "ddp",
         pytest.param("zero2", marks=pytest.mark.slow),
-        pytest.param("ddp", marks=pytest.mark.slow),
+        pytest.param("zero3", marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_do_what_one_process_does(engine: str, base: Path, tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def test_two_processes_under_zero2_do_the_job_of_one(base: Path, tmp_path: Path)
     assert manifests[0]["base"] == manifests[1]["base"]
 
 
+@pytest.mark.slow
 def test_processes_that_cannot_meet_say_why(base: Path, tmp_path: Path) -> None:
     path = write_run(tmp_path, base)
     with socket.socket() as busy:

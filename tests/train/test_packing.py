@@ -225,6 +225,7 @@ def test_a_run_from_a_configuration_packs(run_file: Callable[..., Path]) -> None
     assert first["aux_loss"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_packed_ranks_step_as_one_process_does_with_a_row_a_sequence(tmp_path: Path) -> None:
     launch(Path(__file__).with_name("packed_ranks.py"), tmp_path / "found.json")
