@@ -95,16 +95,12 @@ def paired(cache: Any, config: Any) -> PairedCache:
     return cache
 
 
-def remembered(cache: PairedCache) -> int:
-    """Positions of the first pass; checked against the cache's own.
-
-    Raises:
-        AttachError: positions that were filled while the mixture was disabled or not used.
-    """
+def check_in_step(cache: PairedCache) -> None:
+    """Raise AttachError unless both passes have seen the same positions: some may have been filled
+    while the mixture was disabled or not used."""
     own, first = cache.get_seq_length(), cache.first_pass.get_seq_length()
     if own != first:
         raise AttachError(
             f"past_key_values hold {own} positions, but the first pass has seen {first}: some were "
             "filled while the mixture was disabled. Start from an empty cache."
         )
-    return first

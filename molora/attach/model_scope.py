@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molora.attach.caches import PairedCache, remembered
+from molora.attach.caches import PairedCache, check_in_step
 from molora.errors import AttachError
 from molora.modules import ForwardContext, RoutingSite
 from molora.routing.classifier import HiddenStateClassifier
@@ -118,7 +118,7 @@ class FirstPass:
         given = {name: value for name, value in arguments.items() if name in self.names}
         given |= {"past_key_values": None, "use_cache": False}
         if cache is not None:
-            remembered(cache)
+            check_in_step(cache)
             given |= {"past_key_values": cache.first_pass, "use_cache": True}
         with self._as_first_pass(grid):
             output = self.backbone(**given)
